@@ -1,0 +1,271 @@
+"""What turns a function on tensors into an op: shape checks, and the choice of a backend.
+
+    @op(x="b l d", dt="b l d", A="d n", B="b l n | b l g n | d n", divides={"g": "d"})
+    def selective_scan(x, dt, A, B, ...):
+        ...the equation: this body is the backend "reference"
+
+    @selective_scan.register("torch", why_not=lambda call: None)
+    def ...
+
+Left alone, a call takes the fastest backend that can run it. Asked for by name, as `backend="torch"`, within
+`use_backend("torch")` or by the environment variable OPHIS_BACKEND, a backend never falls back to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Call = Mapping[str, Any]
+
+# Folders of backends, fastest first; each holds one module per op, of the op's name, imported at the first call.
+FOLDERS = ("torch",)
+
+OPS: dict[str, Op[..., Any]] = {}
+
+
+class Backend(NamedTuple):
+    name: str
+    function: Callable[..., Any]
+    why_not: Callable[[Call], str | None]
+
+
+class Op(Generic[P, R]):
+    """A function on tensors with several implementations of the same numbers."""
+
+    def __init__(self, reference: Callable[P, R], shapes: dict[str, str], complex: str, divides: dict[str, str]):
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.shapes = {k: tuple(tuple(s.split()) for s in v.split("|")) for k, v in shapes.items()}
+        self.complex = frozenset(complex.split())
+        self.divides = divides
+        parameters = inspect.signature(reference).parameters
+        self._names = tuple(parameters)
+        self._positional = tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
+        self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        self._backends: dict[str, Backend] = {}
+        self._loaded = False
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        call = self._bind(args, kwargs)
+        asked = call.pop("backend")
+        self._check(call)
+        function = self._choose(call, asked).function
+        device = call[self._positional[0]].device.type
+        if torch.is_autocast_enabled(device):  # an op chooses its own precision: states stay float32
+            with torch.autocast(device, enabled=False):
+                return function(**call)
+        return function(**call)
+
+    def register(self, name: str, why_not: Callable[[Call], str | None] = lambda call: None):
+        """Adds a backend. `why_not(call)` says in a sentence why it cannot run that call, or returns None."""
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            self._backends[name] = Backend(name, function, why_not)
+            return function
+
+        return add
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """Fastest first; the reference last."""
+        if not self._loaded:
+            for folder in FOLDERS:
+                module = f"{__package__}.{folder}.{self.reference.__module__.rpartition('.')[2]}"
+                try:
+                    importlib.import_module(module)
+                except ModuleNotFoundError as error:
+                    if error.name != module:  # something inside it is missing, not the op's file
+                        raise
+            self._backends["reference"] = Backend("reference", self._run_reference, lambda call: None)
+            self._loaded = True
+        return tuple(self._backends.values())
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
+        """For every backend, fastest first, why it would not run this call; None where it could."""
+        call = self._bind(args, kwargs)
+        call.pop("backend")
+        self._check(call)
+        return {b.name: b.why_not(call) for b in self.backends}
+
+    def _choose(self, call: Call, asked: str | None) -> Backend:
+        asked = asked or _forced.get(self.name) or _forced.get("*")
+        backends = self.backends
+        if asked is None:
+            return next(b for b in backends if b.why_not(call) is None)
+        for backend in backends:
+            if backend.name == asked:
+                reason = backend.why_not(call)
+                if reason is None:
+                    return backend
+                could = ", ".join(b.name for b in backends if b.why_not(call) is None)
+                raise RuntimeError(f"{self.name}: backend {asked!r} cannot run this call: {reason}. These can: {could}")
+        raise ValueError(f"{self.name}: no backend {asked!r}; it has {', '.join(b.name for b in backends)}")
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        # inspect.Signature.bind would do, at 10 us a call; decoding makes some hundred calls a token.
+        call = {**self._defaults, **dict(zip(self._positional, args)), **kwargs}  # noqa: B905 (checked below)
+        if len(call) != len(self._names) or len(args) > len(self._positional):
+            inspect.signature(self.reference).bind(*args, **kwargs)  # raises the TypeError Python itself would
+        return call
+
+    def _run_reference(self, **call: Any) -> R:
+        """The reference runs packed sequences one by one; its body never sees `cu_seqlens`."""
+        if call.get("cu_seqlens") is None:
+            return self.reference(**call)  # type: ignore[call-arg]
+        return cast(R, self.one_by_one(self.reference, call))
+
+    def one_by_one(self, function: Callable[..., Any], call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Runs `function` on each sequence of a packed call by itself; the meaning of `cu_seqlens`."""
+        bounds = call["cu_seqlens"].tolist()
+        outputs, states = [], []
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            part = {**call, "cu_seqlens": None}
+            for name, alternatives in self.shapes.items():
+                tensor = part.get(name)
+                if name == "initial_state":
+                    part[name] = None if tensor is None else tensor[i : i + 1]
+                elif tensor is not None and any(s[:2] == ("b", "l") and len(s) == tensor.ndim for s in alternatives):
+                    part[name] = tensor[:, start:end]
+            y, state = function(**part)
+            outputs.append(y)
+            states.append(state)
+        return torch.cat(outputs, 1), torch.cat(states, 0)
+
+    # Checks. Every error says: op, argument, what came, what was expected.
+
+    def _check(self, call: Call) -> None:
+        sizes: dict[str, Any] = {}
+        first = call[self._positional[0]]
+        for name, alternatives in self.shapes.items():
+            tensor = call[name]
+            if tensor is None and self._defaults.get(name, ...) is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{self.name}: {name} is {_describe(tensor)}, expected a tensor of shape "
+                    f"{_expected(alternatives, sizes)}"
+                )
+            if not tensor.is_floating_point() and not (name in self.complex and tensor.is_complex()):
+                kind = "a floating or complex" if name in self.complex else "a floating"
+                raise TypeError(f"{self.name}: {name} has dtype {_short(tensor.dtype)}, expected {kind} dtype")
+            if tensor.device != first.device:
+                raise ValueError(f"{self.name}: {name} is on {tensor.device}, expected {first.device}, where x is")
+            if not self._fit(name, tensor, alternatives, sizes, call):
+                raise ValueError(
+                    f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected {_expected(alternatives, sizes)}"
+                )
+        for part, whole in self.divides.items():
+            if part in sizes and sizes[whole] % sizes[part]:
+                raise ValueError(
+                    f"{self.name}: {part}={sizes[part]} groups cannot share {whole}={sizes[whole]} evenly; "
+                    f"{part} must divide {whole}"
+                )
+        if sizes.get("l") == 0:
+            raise ValueError(f"{self.name}: x has length 0, expected at least 1")
+        if call.get("cu_seqlens") is not None:
+            self._check_packing(call, sizes)
+
+    def _fit(self, name: str, tensor: Tensor, alternatives: Any, sizes: dict[str, Any], call: Call) -> bool:
+        rows = _sequences(call) if name == "initial_state" else None
+        for letters in alternatives:
+            shape: tuple[Any, ...] = tuple(tensor.shape)
+            if letters[0] == "...":  # any leading axes, the same everywhere
+                shape = (shape[: 1 - len(letters)], *shape[1 - len(letters) :])
+            if len(letters) != len(shape):
+                continue
+            found = {}
+            for letter, size in zip(letters, shape, strict=True):
+                if letter == "b" and rows is not None:
+                    known = rows
+                elif letter.endswith("-1"):  # "w-1": the window of a convolution of width w
+                    known = sizes[letter[:-2]] - 1
+                else:
+                    known = sizes.get(letter, size)
+                    found[letter] = size
+                if size != known:
+                    break
+            else:
+                sizes.update(found)
+                return True
+        return False
+
+    def _check_packing(self, call: Call, sizes: dict[str, Any]) -> None:
+        offsets = call["cu_seqlens"]
+        form = f"{self.name}: cu_seqlens must be int32 offsets (0, ..., l={sizes['l']}), one more than sequences"
+        if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
+            raise ValueError(f"{form}; got {_describe(offsets)}")
+        if sizes["b"] != 1:
+            raise ValueError(f"{self.name}: packed sequences (cu_seqlens) need batch 1, got b={sizes['b']}")
+        # Reading the offsets of a GPU tensor would wait for the GPU at every call; its values are the caller's.
+        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = offsets.tolist()
+            if values[0] != 0 or values[-1] != sizes["l"] or values != sorted(values):
+                raise ValueError(f"{form}; got {values}")
+
+
+def op(*, complex: str = "", divides: dict[str, str] | None = None, **shapes: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Makes a function an `Op`; its body becomes the backend "reference".
+
+    `shapes` gives each tensor's axes as letters, alternatives separated by "|"; a letter means the same size
+    everywhere in a call. `complex` names the arguments that may be complex, `divides` the sizes that divide others.
+    An argument named `initial_state` has one row a sequence where `cu_seqlens` is given.
+    """
+
+    def wrap(function: Callable[P, R]) -> Op[P, R]:
+        made = Op(function, shapes, complex, divides or {})
+        OPS[made.name] = made
+        return made
+
+    return wrap
+
+
+_forced: dict[str, str] = {"*": os.environ["OPHIS_BACKEND"]} if os.environ.get("OPHIS_BACKEND") else {}
+
+
+@contextlib.contextmanager
+def use_backend(name: str, *ops: str) -> Iterator[None]:
+    """Within it, every op (or only `ops`, by name) uses this backend and never falls back. Process-wide."""
+    for unknown in set(ops) - set(OPS):
+        raise ValueError(f"use_backend: no op {unknown!r}; there are {', '.join(sorted(OPS))}")
+    before = dict(_forced)
+    _forced.update(dict.fromkeys(ops or ("*",), name))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _sequences(call: Call) -> int | None:
+    offsets = call.get("cu_seqlens")
+    return len(offsets) - 1 if isinstance(offsets, Tensor) and offsets.ndim == 1 else None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{_short(value.dtype)} of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _expected(alternatives: tuple[tuple[str, ...], ...], sizes: Mapping[str, Any]) -> str:
+    def letter(name: str) -> str:
+        return f"{name}={sizes[name]}" if name in sizes else name
+
+    return " or ".join("(" + ", ".join(map(letter, s)) + ("," if len(s) == 1 else "") + ")" for s in alternatives)
