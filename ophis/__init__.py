@@ -1,3 +1,54 @@
-"""Ophis: state-space sequence models on any machine, without a build step."""
+"""Ophis: state-space sequence models on any machine, without a build step.
+
+    ophis.ops        operators on tensors               (needs torch)
+    ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
+    ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Public names and where they live; imported at first use, so that `import ophis` costs nothing.
+_NAMES = {
+    "ops": "ophis.ops",
+    "layers": "ophis.layers",
+    "models": "ophis.models",
+    "use_backend": "ophis.ops",
+    "LanguageModel": "ophis.models",
+    "LanguageModelConfig": "ophis.models",
+    "ModelState": "ophis.models",
+    "load": "ophis.models",
+    "preset": "ophis.models",
+}
+
+if TYPE_CHECKING:
+    from ophis import layers, models, ops
+    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, load, preset
+    from ophis.ops import use_backend
+
+__all__ = [
+    "LanguageModel",
+    "LanguageModelConfig",
+    "ModelState",
+    "layers",
+    "load",
+    "models",
+    "ops",
+    "preset",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'ophis' has no attribute {name!r}; it has {', '.join(sorted(_NAMES))}")
+    module = importlib.import_module(_NAMES[name])
+    return module if _NAMES[name] == f"ophis.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_NAMES]

@@ -1,0 +1,56 @@
+"""A stack of blocks from a tiled pattern of mixers; what every model of this library is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ophis.layers import S4D, Attention, Block, GatedMLP, Mamba, Mamba2
+
+if TYPE_CHECKING:
+    from ophis.models.config import LanguageModelConfig
+
+MIXERS: dict[str, type[nn.Module]] = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention, "s4d": S4D}
+
+
+def blocks(config: LanguageModelConfig) -> nn.ModuleList:
+    """One `Block` for each of `config.mixers`."""
+    width = config.hidden_size
+    return nn.ModuleList(
+        Block(
+            width,
+            MIXERS[kind](width, **config.options(kind)),
+            GatedMLP(width, d_hidden=config.intermediate_size) if config.intermediate_size else None,
+            eps=config.norm_eps,
+            residual_in_fp32=config.residual_in_fp32,
+        )
+        for kind in config.mixers
+    )
+
+
+def run(
+    layers: nn.ModuleList,
+    x: Tensor,
+    states: Sequence[Any] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    call: Callable[..., Any] | None = None,
+    outputs: list[Tensor] | None = None,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """x (b, l, width) through the blocks, each from its state -> (b, l, width), their states after it.
+
+    `call(layer, *arguments)` may stand between, as gradient checkpointing does. `outputs` collects every block's input.
+    """
+    after = []
+    for i, layer in enumerate(layers):
+        if outputs is not None:
+            outputs.append(x)
+        state = None if states is None else states[i]
+        if call is None:
+            x, state = layer(x, state, cu_seqlens=cu_seqlens)
+        else:
+            x, state = call(layer.__call__, x, state, cu_seqlens=cu_seqlens)
+        after.append(state)
+    return x, tuple(after)

@@ -1,0 +1,86 @@
+"""The configuration of a language model: its sizes, and options handed to the layers under their own names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ophis.models.backbone import MIXERS
+
+# What transformers itself keeps in a config beside the fields.
+_HOUSEKEEPING = {"model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
+
+
+class LanguageModelConfig(PreTrainedConfig):
+    """Sizes and options of a `LanguageModel`. A key it does not know is an error.
+
+    Args:
+        vocab_size: rows of the embedding; rounded up to a multiple of pad_vocab_size_multiple.
+        hidden_size: the width of the residual stream.
+        num_hidden_layers: number of blocks.
+        pattern: the blocks' mixers, tiled to that number: ["mamba2"] * 5 + ["attention"], say.
+        mamba, mamba2, attention, s4d: keyword arguments of `ophis.layers.Mamba` and so on, where they differ from its
+            defaults. `{"mamba2": {"headdim": 32}}`.
+        intermediate_size: hidden width of the gated MLP behind each mixer; 0 for none.
+        norm_eps: of the blocks' norms and the last.
+        residual_in_fp32: keep the residual stream in float32.
+        initializer_range: standard deviation of the initial embeddings.
+        tie_word_embeddings: the head shares the embedding's weights.
+    """
+
+    model_type = "ophis"
+
+    vocab_size: int = 50288
+    pad_vocab_size_multiple: int = 8
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    pattern: list[str] | tuple[str, ...] = ("mamba2",)
+    mamba: dict[str, Any] | None = None
+    mamba2: dict[str, Any] | None = None
+    attention: dict[str, Any] | None = None
+    s4d: dict[str, Any] | None = None
+    intermediate_size: int = 0
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs: Any):
+        known = set(self.__dataclass_fields__) | _HOUSEKEEPING
+        for key in kwargs:
+            if key not in known and not key.startswith("_"):
+                raise ValueError(f"LanguageModelConfig: unknown key {key!r}{_suggest(key, known)}")
+        self.pattern = list(self.pattern)
+        self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
+        for kind in self.pattern or ["nothing"]:
+            if kind not in MIXERS:
+                raise ValueError(f"LanguageModelConfig: pattern names {kind!r}, expected some of {', '.join(MIXERS)}")
+        for kind, layer in MIXERS.items():
+            options = {name for name, p in inspect.signature(layer).parameters.items() if p.kind is p.KEYWORD_ONLY}
+            for key in self.options(kind):
+                if key not in options - {"device", "dtype"}:
+                    raise ValueError(
+                        f"LanguageModelConfig: {kind} has no option {key!r}{_suggest(key, options)}"
+                    )
+        super().__post_init__(**kwargs)
+
+    def options(self, kind: str) -> dict[str, Any]:
+        """Keyword arguments of that kind of mixer, where they differ from its defaults."""
+        return getattr(self, kind) or {}
+
+    @property
+    def mixers(self) -> list[str]:
+        """The kind of each block's mixer."""
+        return [self.pattern[i % len(self.pattern)] for i in range(self.num_hidden_layers)]
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(sorted(known))}"

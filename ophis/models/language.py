@@ -1,0 +1,233 @@
+"""The language model: embedding, blocks, final norm, head.   b batch  l length  v vocabulary"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from ophis.layers import Block, RMSNorm
+from ophis.layers.mamba import StepProjection
+from ophis.models import backbone
+from ophis.models.config import LanguageModelConfig
+from ophis.models.padding import Ragged
+from ophis.models.state import ModelState
+
+
+class LanguageModelBase(PreTrainedModel):
+    """What the backbone and the models with heads share: the configuration's class and the initial values."""
+
+    config: LanguageModelConfig
+    config_class = LanguageModelConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ("Block",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published initial values. Children come before their parents, so the last word on a weight is a parent's.
+
+        transformers marks the parameters that it loaded; those keep their values.
+        """
+        loaded = {p: p.clone() for p in module.parameters() if getattr(p, "_is_hf_initialized", False)}
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, StepProjection):
+            pass  # its Mamba layer's
+        elif hasattr(module, "reset_ssm_parameters"):
+            module.reset_ssm_parameters()  # type: ignore[operator]
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            # GPT-2's scheme: what is added to the residual stream starts smaller, the more there are that add to it.
+            added = [module.mixer.get_parameter("out_proj.weight")] if hasattr(module.mixer, "out_proj") else []
+            added += [module.mlp.get_parameter("fc2.weight")] if module.mlp is not None else []
+            for weight in added:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                weight /= math.sqrt(len(added) * self.config.num_hidden_layers)
+        elif isinstance(module, RMSNorm | nn.Conv1d):
+            module.reset_parameters()
+        for parameter, value in loaded.items():
+            parameter.copy_(value)
+
+
+class LanguageBackbone(LanguageModelBase):
+    """Embedding, blocks and final norm, under transformers' names."""
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = backbone.blocks(config)
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: ModelState | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (b, l, hidden_size) after the final norm, and the state after the last position.
+
+        Args:
+            input_ids: (b, l) integers; or inputs_embeds: (b, l, hidden_size).
+            attention_mask: (b, l), or (b, past + l), zero at padding. A padded batch runs as packed sequences, so
+                padding, on either side, is neither computed nor seen.
+            past_key_values: the state to go on from.
+            use_cache: whether the state is returned; by default as configured, outside training.
+            cu_seqlens: (sequences + 1,), int32 offsets of sequences packed in a batch of 1; states then have one row
+                a sequence.
+            output_hidden_states: also return every block's input, and the final output.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("LanguageModel: give either input_ids or inputs_embeds")
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        past = past_key_values if past_key_values is not None else ModelState()
+        b, l, _ = x.shape
+        ragged = None
+        if attention_mask is not None and cu_seqlens is None and l > 1:
+            ragged = Ragged.of(attention_mask[:, -l:])
+            if ragged is not None:
+                x, cu_seqlens = ragged.pack(x), ragged.cu_seqlens
+        call = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        inputs: list[Tensor] | None = [] if output_hidden_states else None
+        x, states = backbone.run(self.layers, x, past.layers, cu_seqlens=cu_seqlens, call=call, outputs=inputs)
+        x, _ = self.norm_f(x)
+        hidden = None if inputs is None else (*inputs, x)
+        if ragged is not None:
+            x = ragged.unpack(x)
+            hidden = None if hidden is None else tuple(map(ragged.unpack, hidden))
+        keep = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=ModelState(states, past.length + l) if keep else None,  # type: ignore[arg-type]
+            hidden_states=hidden,
+        )
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        assert input_ids is not None
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"LanguageModel: input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}, expected "
+                "integers of shape (batch, length)"
+            )
+        # nn.Embedding's own message names neither the id nor the size; on a GPU the check would wait for it.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"LanguageModel: token ids run from {low} to {high}, expected 0 to {self.config.vocab_size - 1}; "
+                    "is this the tokenizer of this model?"
+                )
+        return self.embeddings(input_ids)
+
+
+class LanguageModel(LanguageModelBase, GenerationMixin):
+    """A causal language model of any pattern of layers.
+
+        config = LanguageModelConfig(hidden_size=256, num_hidden_layers=8, pattern=["mamba2"] * 3 + ["attention"],
+                                     attention={"num_heads": 4}, vocab_size=272)
+        model = LanguageModel(config)
+        logits = model(input_ids).logits
+
+    It is a model of transformers: `generate`, `save_pretrained`, `from_pretrained`, `Trainer`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 (transformers' protocol)
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__(config)
+        self.backbone = LanguageBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: ModelState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits (b, l, vocab_size), and the state after the last position.
+
+        Args:
+            labels: (b, l), -100 where there is no loss; the shift by one happens here. The loss is the mean
+                cross-entropy in nats.
+            logits_to_keep: logits of the last so many positions only; 0 for all.
+            The others: as for `LanguageBackbone.forward`.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:  # a sequence's first token is not what follows another sequence
+                labels = labels.index_fill(1, cu_seqlens[:-1].long().clamp(max=labels.shape[1] - 1), -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """`generate` starts from an empty `ModelState`, or from the one it is given."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"LanguageModel: cache_implementation={generation_config.cache_implementation!r} is for attention "
+                "caches; leave it out, the state of this model has one form"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = ModelState()
+
+    def _reorder_cache(self, past_key_values: ModelState, beam_idx: Tensor) -> ModelState:
+        return past_key_values.select(beam_idx)
+
+
