@@ -158,6 +158,7 @@ class LanguageModel(LanguageModelBase, GenerationMixin):
         super().__init__(config)
         self.backbone = LanguageBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -63,12 +63,15 @@ def gated_rms_norm(
     Returns:
         (..., d), in x's dtype.
     """
-    d = x.shape[-1]
-    if groups < 1 or d % groups:
-        raise ValueError(f"gated_rms_norm: groups={groups} must divide the width d={d}")
+    check_groups(x, groups)
     wide = torch.promote_types(x.dtype, torch.float32)
     gate = F.silu(z.to(wide))
     s = x.to(wide) if norm_before_gate else x.to(wide) * gate
-    grouped = s.unflatten(-1, (groups, d // groups))
+    grouped = s.unflatten(-1, (groups, -1))
     y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(wide)
     return (y * gate if norm_before_gate else y).to(x.dtype)
+
+
+def check_groups(x: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"gated_rms_norm: groups={groups} must divide the width d={x.shape[-1]}")

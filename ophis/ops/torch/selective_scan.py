@@ -52,7 +52,7 @@ def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
     b, _, g, n = B.shape
     decay = torch.exp(dt[:, 0, :, None] * A)
     inflow = (dt * u).view(b, g, -1, 1) * B[:, 0, :, None]
-    state = torch.addcmul(inflow.view(b, -1, n), decay, state)
+    state = inflow.view(b, -1, n).addcmul_(decay, state)  # in the inflow's memory: new pages cost more than the sum
     y = readout(state.view(b, g, -1, n) @ C[:, 0, :, :, None], A)
     return y.view(b, 1, -1), state
 
@@ -100,10 +100,11 @@ def scan_op(
     kept = A.new_zeros(b, checkpoints(x, cu_seqlens), A.shape[1], d)
     rates = A.t().contiguous()
     for part in parts(x, A, cu_seqlens):
-        state = initial_state[part.state].transpose(1, 2).contiguous()
+        state = initial_state[part.state].transpose(1, 2)
+        room = Room.of(x[part.rows], rates)
         for i, chunk in enumerate(chunks(part)):
             kept[part.rows, part.checkpoint + i] = state
-            _, states = recur(x[chunk], dt[chunk], rates, B[chunk], state)
+            _, states = recur(x[chunk], dt[chunk], rates, B[chunk], state, room)
             y[chunk] = readout(contract_states(C[chunk], states[:, 1:]), A)
             state = states[:, -1]
         final[part.state] = state.transpose(1, 2)
@@ -139,16 +140,16 @@ def scan_backward_op(
     d_rates, d_initial = torch.zeros_like(rates), torch.empty_like(initial_state)
     for part in parts(x, A, cu_seqlens):
         flow = d_final[part.state].transpose(1, 2).contiguous()  # gradient of the state after the present chunk
+        room = Room.of(x[part.rows], rates)
         for i, chunk in reversed(list(enumerate(chunks(part)))):
             u, step_sizes = x[chunk], dt[chunk]
-            decay, states = recur(u, step_sizes, rates, B[chunk], kept[part.rows, part.checkpoint + i])
+            decay, states = recur(u, step_sizes, rates, B[chunk], kept[part.rows, part.checkpoint + i], room)
             dC[chunk] = contract_channels(dy[chunk] * scale, states[:, 1:].conj(), C[chunk])
-            grads = outer(C[chunk].conj(), dy[chunk] * scale)
+            grads = outer(C[chunk].conj(), dy[chunk] * scale, out=room.grads[:, : u.shape[1]])
             decay = decay.conj()
-            grads[:, -1] += flow
-            for t in range(grads.shape[1] - 2, -1, -1):
-                torch.addcmul(grads[:, t], decay[:, t + 1], grads[:, t + 1], out=grads[:, t])
-            flow = decay[:, 0] * grads[:, 0]
+            for a, g in zip(reversed(decay.unbind(1)), reversed(grads.unbind(1)), strict=True):
+                g += flow
+                flow = a * g
             dB[chunk] = contract_channels(step_sizes * u, grads, B[chunk])
             inflow = real(contract_states(B[chunk].conj(), grads))  # gradient of dt x
             dx[chunk] = inflow * step_sizes
@@ -192,22 +193,35 @@ def chunks(part: Part) -> Iterator[tuple[slice, slice]]:
         yield part.rows, slice(start, min(start + CHUNK, part.end))
 
 
-def recur(x: Tensor, dt: Tensor, rates: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+class Room(NamedTuple):
+    """The memory of a chunk, allocated once: fresh pages for every chunk would double the forward pass's time."""
+
+    decay: Tensor  # (b, q, n, d)
+    states: Tensor  # (b, q + 1, n, d)
+    grads: Tensor  # (b, q, n, d), touched in the backward pass only
+
+    @classmethod
+    def of(cls, x: Tensor, rates: Tensor) -> Room:
+        b, q = x.shape[0], min(CHUNK, x.shape[1])
+        return cls(*(rates.new_empty(b, positions, *rates.shape) for positions in (q, q + 1, q)))
+
+
+def recur(x: Tensor, dt: Tensor, rates: Tensor, B: Tensor, state: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """One chunk from `state`: the decays (b, q, n, d) and the states (b, q + 1, n, d), the first of them `state`."""
-    decay = torch.exp_(dt[:, :, None] * rates)
-    states = decay.new_empty(decay.shape[0], decay.shape[1] + 1, *decay.shape[2:])
+    q = x.shape[1]
+    decay, states = room.decay[:, :q], room.states[:, : q + 1]
+    torch.mul(dt[:, :, None], rates, out=decay).exp_()
     states[:, 0] = state
     outer(B, dt * x, out=states[:, 1:])
-    for t in range(decay.shape[1]):
-        torch.addcmul(states[:, t + 1], decay[:, t], states[:, t], out=states[:, t + 1])
+    before, *after = states.unbind(1)  # indexing one by one would cost as much as the arithmetic
+    for a, h in zip(decay.unbind(1), after, strict=True):
+        before = torch.addcmul(h, a, before, out=h)
     return decay, states
 
 
-def outer(B: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+def outer(B: Tensor, u: Tensor, out: Tensor) -> Tensor:
     """B (b, q, g, n) times u (b, q, d) -> (b, q, n, d)."""
     b, q, g, n = B.shape
-    if out is None:
-        out = B.new_empty(b, q, n, u.shape[2])
     torch.mul(B.transpose(2, 3)[..., None], u.view(b, q, 1, g, -1), out=out.view(b, q, n, g, -1))
     return out
 

@@ -38,7 +38,7 @@ def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
     g, n = B.shape[2:]
     decay = torch.exp(dt[:, 0] * A).view(b, g, -1, 1, 1)
     inflow = (dt[:, 0, :, None] * u[:, 0]).view(b, g, -1, p, 1) * B.view(b, g, 1, 1, n)
-    state = torch.addcmul(inflow, decay, state.view(b, g, -1, p, n))
+    state = inflow.addcmul_(decay, state.view(b, g, -1, p, n))  # in the inflow's memory: new pages cost more than it
     y = state.flatten(2, 3) @ C.reshape(b, g, n, 1)
     return y.view(b, 1, h, p), state.view(b, h, p, n)
 
