@@ -1,8 +1,8 @@
 """Ophis: state-space sequence models on any machine, without a build step.
 
-    ophis.ops        operators on tensors               (needs torch)
-    ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
-    ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
+ophis.ops        operators on tensors               (needs torch)
+ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
+ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Causal attention of the hybrid models.   b batch  l length  m past length  q query heads  k key-value heads  p head width"""
+"""Causal attention of the hybrid models.
+
+b batch  l length  m past length  q query heads  k key-value heads  p head width  w conv width
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,9 @@ class Attention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.qkv_dim = (num_heads + 2 * self.num_heads_kv) * self.head_dim
         self.in_proj = nn.Linear(d_model, self.qkv_dim, bias=qkv_proj_bias, **factory)
-        self.conv1d = CausalConv(self.qkv_dim, d_conv, activation=None, **factory) if d_conv else None
+        self.conv1d = None
+        if d_conv:
+            self.conv1d = CausalConv(self.qkv_dim, d_conv, activation=None, device=device, dtype=dtype)
         self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=out_proj_bias, **factory)
 
     def initial_state(self, batch: int) -> AttentionState:

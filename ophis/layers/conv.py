@@ -10,7 +10,9 @@ from ophis import ops
 class CausalConv(nn.Conv1d):
     """Depthwise causal convolution, (b, l, d) -> (b, l, d). Its state is the window of the last `width - 1` inputs."""
 
-    def __init__(self, channels: int, width: int, *, bias: bool = True, activation: str | None, device=None, dtype=None):
+    def __init__(
+        self, channels: int, width: int, *, bias: bool = True, activation: str | None, device=None, dtype=None
+    ):
         super().__init__(channels, channels, width, groups=channels, bias=bias, device=device, dtype=dtype)
         self.activation = activation
 

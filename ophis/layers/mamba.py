@@ -20,7 +20,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(SSMParameters):
-    """x, z = in_proj(u);  x = silu(conv(x));  dt, B, C = x_proj(x);  y = out_proj(scan(x, dt_proj(dt), A, B, C) silu(z))
+    """x, z = in_proj(u);  x = silu(conv(x));  dt, B, C = x_proj(x);  y = out_proj(scan(x, dt_proj(dt), A, B, C, z))
 
     Args:
         d_model: width of input and output.
@@ -29,7 +29,7 @@ class Mamba(SSMParameters):
         expand: inner width d over d_model.
         dt_rank: rank of the projection to step sizes; "auto" is d_model / 16, rounded up.
         dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform between the first two, at least the third.
-        dt_init, dt_scale: weights of dt_proj start "random", uniform in ± dt_scale / sqrt(dt_rank), or "constant" there.
+        dt_init, dt_scale: weights of dt_proj start "random", uniform in ± dt_scale / sqrt(dt_rank), or "constant".
         conv_bias, bias: of the convolution; of in_proj and out_proj.
         norm_bcdt: dt, B and C are divided by their root mean square (+ norm_eps) first, as Falcon-Mamba does.
 
@@ -92,7 +92,7 @@ class Mamba(SSMParameters):
             nn.init.uniform_(self.dt_proj.weight, -scale, scale)
         else:
             nn.init.constant_(self.dt_proj.weight, scale)
-        self.dt_proj.reset_bias()
+        self.dt_proj.reset_ssm_parameters()
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand(self.d_inner, -1))  # S4D-Real
         nn.init.ones_(self.D)
 
@@ -140,7 +140,7 @@ class StepProjection(SSMParameters, nn.Linear):
         self.bias = nn.Parameter(self.bias.detach().to(torch.promote_types(self.bias.dtype, torch.float32)))
 
     @torch.no_grad()
-    def reset_bias(self) -> None:
+    def reset_ssm_parameters(self) -> None:
         self.bias.copy_(log_uniform_steps(self.out_features, *self.steps))
 
     def forward(self, input: Tensor) -> Tensor:

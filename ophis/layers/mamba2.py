@@ -1,4 +1,7 @@
-"""The Mamba-2 block (Dao and Gu 2024, section 7).   b batch  l length  h heads  p head width  g groups  n state width"""
+"""The Mamba-2 block (Dao and Gu 2024, section 7).
+
+b batch  l length  h heads  p head width  g groups of heads  n state width  w conv width
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,9 @@ class Mamba2(SSMParameters):
         factory = {"device": device, "dtype": dtype}
         fp32 = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         self.conv_dim = self.d_ssm + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, 2 * self.d_mlp + self.d_ssm + self.conv_dim + self.heads, bias=bias, **factory)
+        self.in_proj = nn.Linear(
+            d_model, 2 * self.d_mlp + self.d_ssm + self.conv_dim + self.heads, bias=bias, **factory
+        )
         self.conv1d = CausalConv(self.conv_dim, d_conv, bias=conv_bias, activation="silu", **factory)
         self.dt_bias = nn.Parameter(torch.empty(self.heads, **fp32))
         self.A_log = nn.Parameter(torch.empty(self.heads, **fp32))

@@ -9,7 +9,7 @@ from ophis import ops
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation. The output has the weight's dtype, so a float32 stream enters a bfloat16 layer."""
+    """Root-mean-square normalisation. Its output has the weight's dtype: a float32 stream enters a bfloat16 layer."""
 
     def __init__(self, d_model: int, *, eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
@@ -32,7 +32,14 @@ class GatedRMSNorm(nn.Module):
     """norm(x silu(z)), or norm(x) silu(z) with `norm_before_gate`; over each of `groups` parts of the width."""
 
     def __init__(
-        self, d_model: int, *, eps: float = 1e-5, groups: int = 1, norm_before_gate: bool = False, device=None, dtype=None
+        self,
+        d_model: int,
+        *,
+        eps: float = 1e-5,
+        groups: int = 1,
+        norm_before_gate: bool = False,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate

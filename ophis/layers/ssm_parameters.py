@@ -1,4 +1,4 @@
-"""What the parameters of the recurrence have in common: their precision, their optimiser group, their initial values."""
+"""What the parameters of the recurrence have in common: precision, optimiser group, initial values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class SSMParameters(nn.Module):
     """
 
     ssm_parameters: tuple[str, ...] = ()
+
+    def reset_ssm_parameters(self) -> None:
+        """Their published initial values."""
+        raise NotImplementedError
 
     def _apply(self, fn, recurse: bool = True):
         before = {name: p.data for name in self.ssm_parameters if (p := getattr(self, name)) is not None}

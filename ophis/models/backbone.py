@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ MIXERS: dict[str, type[nn.Module]] = {"mamba": Mamba, "mamba2": Mamba2, "attenti
 def blocks(config: LanguageModelConfig) -> nn.ModuleList:
     """One `Block` for each of `config.mixers`."""
     width = config.hidden_size
-    return nn.ModuleList(
+    layers = nn.ModuleList(
         Block(
             width,
             MIXERS[kind](width, **config.options(kind)),
@@ -28,6 +29,12 @@ def blocks(config: LanguageModelConfig) -> nn.ModuleList:
         )
         for kind in config.mixers
     )
+    # GPT-2's scheme: what is added to the residual stream starts smaller, the more there are that add to it.
+    for layer in layers:
+        outputs = [m for name, m in layer.named_modules() if name in ("mixer.out_proj", "mlp.fc2")]
+        for output in outputs:
+            output.residual_scale = (len(outputs) * len(layers)) ** -0.5
+    return layers
 
 
 def run(
@@ -51,6 +58,6 @@ def run(
         if call is None:
             x, state = layer(x, state, cu_seqlens=cu_seqlens)
         else:
-            x, state = call(layer.__call__, x, state, cu_seqlens=cu_seqlens)
+            x, state = call(partial(layer.__call__, cu_seqlens=cu_seqlens), x, state)
         after.append(state)
     return x, tuple(after)

@@ -56,19 +56,22 @@ class LanguageModelConfig(PreTrainedConfig):
         known = set(self.__dataclass_fields__) | _HOUSEKEEPING
         for key in kwargs:
             if key not in known and not key.startswith("_"):
-                raise ValueError(f"LanguageModelConfig: unknown key {key!r}{_suggest(key, known)}")
+                own = set(LanguageModelConfig.__annotations__)
+                raise ValueError(f"LanguageModelConfig: unknown key {key!r}{_suggest(key, own)}")
         self.pattern = list(self.pattern)
         self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
         for kind in self.pattern or ["nothing"]:
             if kind not in MIXERS:
                 raise ValueError(f"LanguageModelConfig: pattern names {kind!r}, expected some of {', '.join(MIXERS)}")
         for kind, layer in MIXERS.items():
-            options = {name for name, p in inspect.signature(layer).parameters.items() if p.kind is p.KEYWORD_ONLY}
+            parameters = inspect.signature(layer).parameters
+            options = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"device", "dtype"}
             for key in self.options(kind):
-                if key not in options - {"device", "dtype"}:
-                    raise ValueError(
-                        f"LanguageModelConfig: {kind} has no option {key!r}{_suggest(key, options)}"
-                    )
+                if key not in options:
+                    raise ValueError(f"LanguageModelConfig: {kind} has no option {key!r}{_suggest(key, options)}")
+            for key in options:
+                if kind in self.pattern and parameters[key].default is parameters[key].empty and not self.options(kind):
+                    raise ValueError(f"LanguageModelConfig: {kind} needs {key}: {kind}={{{key!r}: ...}}")
         super().__post_init__(**kwargs)
 
     def options(self, kind: str) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ophis.layers import Block, RMSNorm
+from ophis.layers import GatedRMSNorm, RMSNorm
 from ophis.layers.mamba import StepProjection
+from ophis.layers.ssm_parameters import SSMParameters
 from ophis.models import backbone
 from ophis.models.config import LanguageModelConfig
 from ophis.models.padding import Ragged
@@ -26,36 +25,30 @@ class LanguageModelBase(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' protocol)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The published initial values. Children come before their parents, so the last word on a weight is a parent's.
+        """The published initial values, module by module. Parameters that transformers loaded keep their values.
 
-        transformers marks the parameters that it loaded; those keep their values.
+        Within its initialisation transformers lets `nn.init` pass those over; other writes have to.
         """
-        loaded = {p: p.clone() for p in module.parameters() if getattr(p, "_is_hf_initialized", False)}
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, StepProjection):
             pass  # its Mamba layer's
-        elif hasattr(module, "reset_ssm_parameters"):
-            module.reset_ssm_parameters()  # type: ignore[operator]
+        elif isinstance(module, SSMParameters):
+            loaded = {p: p.clone() for p in module.parameters() if getattr(p, "_is_hf_initialized", False)}
+            module.reset_ssm_parameters()
+            for parameter, value in loaded.items():
+                parameter.copy_(value)
         elif isinstance(module, nn.Linear):
-            module.reset_parameters()
+            bound = getattr(module, "residual_scale", 1.0) * module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Block):
-            # GPT-2's scheme: what is added to the residual stream starts smaller, the more there are that add to it.
-            added = [module.mixer.get_parameter("out_proj.weight")] if hasattr(module.mixer, "out_proj") else []
-            added += [module.mlp.get_parameter("fc2.weight")] if module.mlp is not None else []
-            for weight in added:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight /= math.sqrt(len(added) * self.config.num_hidden_layers)
-        elif isinstance(module, RMSNorm | nn.Conv1d):
+        elif isinstance(module, RMSNorm | GatedRMSNorm | nn.Conv1d):
             module.reset_parameters()
-        for parameter, value in loaded.items():
-            parameter.copy_(value)
 
 
 class LanguageBackbone(LanguageModelBase):
@@ -102,7 +95,7 @@ class LanguageBackbone(LanguageModelBase):
             raise ValueError("LanguageModel: give either input_ids or inputs_embeds")
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         past = past_key_values if past_key_values is not None else ModelState()
-        b, l, _ = x.shape
+        l = x.shape[1]
         ragged = None
         if attention_mask is not None and cu_seqlens is None and l > 1:
             ragged = Ragged.of(attention_mask[:, -l:])
@@ -230,5 +223,3 @@ class LanguageModel(LanguageModelBase, GenerationMixin):
 
     def _reorder_cache(self, past_key_values: ModelState, beam_idx: Tensor) -> ModelState:
         return past_key_values.select(beam_idx)
-
-

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import nn
 
 from ophis.models.config import LanguageModelConfig
 from ophis.models.language import LanguageModel
 from ophis.models.transformers_format import config_from_transformers
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
     """A folder that does not hold the model it says it does."""
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LanguageModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> LanguageModel:
     """The model saved in a folder, in evaluation mode.
 
     Args:
@@ -35,16 +40,21 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
     """
     folder = Path(folder)
     config = read_config(folder)
+    files = weight_files(folder)
+    shapes = read(files, lambda file, name: tuple(file.get_slice(name).get_shape()))
+    if config.num_hidden_layers > len(shapes):
+        layers = config.num_hidden_layers
+        raise CheckpointError(f"{folder}: config.json says {layers} layers; there are not as many tensors")
     with torch.device("meta"):
         model = LanguageModel(config)
-    tensors = read_weights(folder)
-    check_tensors(model, tensors, folder)
-    for name, parameter in model.named_parameters():
-        if name in tensors and parameter.dtype == torch.float32 and _stays_wide(model, name):
+    check_shapes(model, shapes, folder)  # before memory is taken
+    tensors = read(files, lambda file, name: file.get_tensor(name))
+    for name in tensors:
+        if stays_wide(model, name) and tensors[name].dtype != torch.float64:
             tensors[name] = tensors[name].float()
     model.load_state_dict(tensors, strict=False, assign=True)  # strict=False: a tied head is not stored
     model.tie_weights()
-    model.to(device=device or "cpu", dtype=dtype)
+    nn.Module.to(model, device=device or "cpu", dtype=dtype)
     return model.eval()
 
 
@@ -66,45 +76,48 @@ def read_config(folder: Path) -> LanguageModelConfig:
     raise CheckpointError(f"{path} has model_type {kind!r}, expected 'ophis', 'mamba' or 'mamba2'")
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files, by name."""
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors: one, or those its index names."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from error
-    else:
-        names = ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
     for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not (folder / name).is_file():  # nothing outside the folder is read
             raise FileNotFoundError(f"{folder} has no weights: {name} is missing")
+    return [folder / name for name in names]
+
+
+def read(files: list[Path], what: Callable[[Any, str], T]) -> dict[str, T]:
+    """`what(file, name)` of every tensor in the files, by name."""
+    found: dict[str, T] = {}
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+                found.update({name: what(file, name) for name in file.keys()})  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
-    return tensors
+    return found
 
 
-def check_tensors(model: LanguageModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Names and shapes, before any of it is used."""
+def check_shapes(model: LanguageModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
-    problems = [f"{name} is missing" for name in expected if name not in tensors and name not in tied]
-    problems += [f"{name} is not part of this architecture" for name in tensors if name not in expected]
+    problems = [f"{name} is missing" for name in expected if name not in shapes and name not in tied]
+    problems += [f"{name} is not part of this architecture" for name in shapes if name not in expected]
     problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+        f"{name} has shape {shapes[name]}, expected {shape}"
         for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if shapes.get(name, shape) != shape
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{folder}: {'; '.join(problems[:5])}{more}")
 
 
-def _stays_wide(model: LanguageModel, name: str) -> bool:
+def stays_wide(model: LanguageModel, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     return leaf in getattr(model.get_submodule(owner), "ssm_parameters", ())

@@ -24,7 +24,7 @@ class Ragged(NamedTuple):
         if bool(real.all()):
             return None
         offsets = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        return cls(*mask.shape, real.flatten().nonzero().squeeze(1), offsets)
+        return cls(mask.shape[0], mask.shape[1], real.flatten().nonzero().squeeze(1), offsets)
 
     def pack(self, x: Tensor) -> Tensor:
         """(b, l, ...) -> (1, real positions, ...)."""

@@ -15,9 +15,7 @@ _MAMBA2 = {"130m": (768, 24), "370m": (1024, 48), "780m": (1536, 48), "1.3b": (2
 
 
 def _sizes(width: int, depth: int, multiple: int) -> dict[str, Any]:
-    return dict(
-        hidden_size=width, num_hidden_layers=depth, vocab_size=_VOCABULARY, pad_vocab_size_multiple=multiple
-    )
+    return dict(hidden_size=width, num_hidden_layers=depth, vocab_size=_VOCABULARY, pad_vocab_size_multiple=multiple)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -52,8 +52,9 @@ def config_from_transformers(fields: dict[str, Any]) -> LanguageModelConfig:
                if theirs in fields}  # fmt: skip
     if "intermediate_size" in fields:  # not always an integer multiple
         options["expand"] = fields["intermediate_size"] / fields["hidden_size"]
-    known = {ours: fields[theirs] for theirs, ours in FIELDS.items() if theirs in fields}
-    return LanguageModelConfig(**known, pad_vocab_size_multiple=1, pattern=[kind], **{kind: options})
+    known: dict[str, Any] = {ours: fields[theirs] for theirs, ours in FIELDS.items() if theirs in fields}
+    known[kind] = options
+    return LanguageModelConfig(**known, pad_vocab_size_multiple=1, pattern=[kind])
 
 
 def _number(value: Any) -> Any:

@@ -152,9 +152,10 @@ class Op(Generic[P, R]):
         key = None
         if call.get("cu_seqlens") is None and not torch.compiler.is_compiling():
             tensors = [call[name] for name in self.shapes]
-            key = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors if isinstance(t, Tensor | None)])
-            if len(key) == len(tensors) and key in self._fitting:
-                return
+            if all(t is None or isinstance(t, Tensor) for t in tensors):
+                key = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+                if key in self._fitting:
+                    return
         sizes: dict[str, Any] = {}
         first = call[self._positional[0]]
         for name, alternatives in self.shapes.items():
@@ -228,7 +229,9 @@ class Op(Generic[P, R]):
                 raise ValueError(f"{form}; got {values}")
 
 
-def op(*, complex: str = "", divides: dict[str, str] | None = None, **shapes: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+def op(
+    *, complex: str = "", divides: dict[str, str] | None = None, **shapes: str
+) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes a function an `Op`; its body becomes the backend "reference".
 
     `shapes` gives each tensor's axes as letters, alternatives separated by "|"; a letter means the same size

@@ -87,7 +87,8 @@ def s4d_kernel(
 def discretize(dt: Tensor, A: Tensor, B: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """(dA, dB), each (d, n), of the continuous h' = A h + B x held over steps of dt.
 
-    zoh: dA = exp(dt A), dB = (exp(dt A) - 1) / A B. bilinear: dA = (1 + dt A/2) / (1 - dt A/2), dB = dt B / (1 - dt A/2).
+    zoh:      dA = exp(dt A),                     dB = (exp(dt A) - 1) / A B
+    bilinear: dA = (1 + dt A/2) / (1 - dt A/2),   dB = dt B / (1 - dt A/2)
     """
     step = dt[:, None] * A
     if rule == "zoh":
@@ -122,7 +123,9 @@ def s4d_init(kind: str, n: int) -> tuple[Tensor, Tensor]:
         return _legs(n)
     k = torch.arange(n // 2, dtype=torch.float64)
     imag = math.pi * k if kind == "lin" else n / math.pi * (n / (2 * k + 1) - 1)
-    return torch.complex(torch.full_like(imag, -0.5), imag).to(torch.complex64), torch.ones(n // 2, dtype=torch.complex64)
+    return torch.complex(torch.full_like(imag, -0.5), imag).to(torch.complex64), torch.ones(
+        n // 2, dtype=torch.complex64
+    )
 
 
 def _legs(n: int) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ def selective_scan(
 
     Returns:
         y: (b, l, d), in x's dtype.
-        final_state: (b, d, n), float32 or wider, complex if A, B or initial_state is. Differentiable, as all inputs are.
+        final_state: (b, d, n), float32 or wider, complex if A, B or initial_state is. Both are differentiable in all
+            inputs.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     u, dt = x.to(wide), step_size(dt.to(wide), dt_bias, dt_softplus)

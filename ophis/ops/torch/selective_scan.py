@@ -27,8 +27,12 @@ ROW = 1 << 16  # numbers in one position's state, b n d, above which the batch i
 def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
     wide = torch.promote_types(x.dtype, torch.float32)
     u, dt = x.to(wide), step_size(dt.to(wide), dt_bias, dt_softplus)
-    dtype = state_dtype(u, A, B, C)
-    b, l, d = x.shape
+    dtype = state_dtype(u, A, B, *([] if initial_state is None else [initial_state]))
+    if C.is_complex() and not dtype.is_complex:
+        C = C.real  # only the real part of C h is read
+    if dtype.is_complex and not A.is_complex():
+        C = C / 2  # `readout` takes complex modes for halves of pairs, which they are only where A is complex
+    b, l = x.shape[:2]
     A, B, C = A.to(dtype), grouped(B, x).to(dtype), grouped(C, x).to(dtype)
     if initial_state is None:
         rows = b if cu_seqlens is None else len(cu_seqlens) - 1
@@ -48,12 +52,12 @@ def grouped(B: Tensor, x: Tensor) -> Tensor:
 
 
 def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One position: the recurrence itself, on (b, g, d/g, n)."""
+    """One position: the recurrence itself, on (b, g, d/g, n); B and C may have different g."""
     b, _, g, n = B.shape
     decay = torch.exp(dt[:, 0, :, None] * A)
     inflow = (dt * u).view(b, g, -1, 1) * B[:, 0, :, None]
     state = inflow.view(b, -1, n).addcmul_(decay, state)  # in the inflow's memory: new pages cost more than the sum
-    y = readout(state.view(b, g, -1, n) @ C[:, 0, :, :, None], A)
+    y = readout(state.view(b, C.shape[2], -1, n) @ C[:, 0, :, :, None], A)
     return y.view(b, 1, -1), state
 
 
@@ -228,7 +232,7 @@ def outer(B: Tensor, u: Tensor, out: Tensor) -> Tensor:
 
 def contract_states(C: Tensor, h: Tensor) -> Tensor:
     """Sum over n: C (b, q, g, n), h (b, q, n, d) -> (b, q, d)."""
-    b, q, g, n = C.shape
+    g = C.shape[2]
     if g == 1:
         return (C @ h).squeeze(2)
     return (C.transpose(2, 3)[..., None] * h.unflatten(3, (g, -1))).sum(2).flatten(2)
@@ -236,7 +240,7 @@ def contract_states(C: Tensor, h: Tensor) -> Tensor:
 
 def contract_channels(u: Tensor, h: Tensor, like: Tensor) -> Tensor:
     """Sum over a group's channels: u (b, q, d), h (b, q, n, d) -> (b, q, g, n)."""
-    b, q, g, n = like.shape
+    g = like.shape[2]
     if g == 1:
         return (h @ u.to(h.dtype)[..., None]).transpose(2, 3)
     return (h * u[:, :, None]).unflatten(3, (g, -1)).sum(4).transpose(2, 3)
