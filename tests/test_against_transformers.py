@@ -6,9 +6,12 @@ Mamba-1's scan from zeros.
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 import ophis
 
@@ -33,11 +36,16 @@ MAMBA2 = {
 CASES = [("mamba", n, o) for n, o in MAMBA.items()] + [("mamba2", n, o) for n, o in MAMBA2.items()]
 LENGTHS = (1, 2, 3, 257)
 
+# Up to 5.17 at least, transformers took the gated norm over all groups at once, which no published layer does.
+GROUPED_NORM = "group_size" in inspect.signature(MambaRMSNormGated).parameters
+
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}", scope="module")
 def pair(request, tmp_path_factory):
     """(transformers' model, ours read from the folder it saved)."""
     kind, _, options = request.param
+    if options.get("n_groups", 1) > 1 and not GROUPED_NORM:
+        pytest.skip("this version of transformers does not normalise by groups")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 16, **options}
     torch.manual_seed(0)
     if kind == "mamba":

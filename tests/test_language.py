@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 import ophis
 from ophis.models import ModelState
@@ -171,6 +172,13 @@ def test_a_state_is_a_snapshot(model):
     assert begun.past_key_values.length == 23  # the last token has not been read yet
     resumed = model.generate(begun.sequences, past_key_values=begun.past_key_values, **options)
     assert torch.equal(resumed.sequences, model.generate(ids, **{**options, "max_new_tokens": 8}).sequences)
+
+
+@torch.no_grad()
+def test_a_kept_state_keeps_nothing_else_in_memory(model):
+    tensors = pytree.tree_leaves(model(tokens(2, 300)).past_key_values.layers)
+    for tensor in tensors:  # a view of the whole sequence would
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def test_gradients_flow_through_states_and_detach_cuts_them(model):

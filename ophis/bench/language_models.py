@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +123,11 @@ def _work(pipe: Any, side: str, name: str, work: str, length: int) -> None:
     function = WORKS[work][0]
     model = (_ours if side == "ophis" else _theirs)(name).eval()
     ids = torch.randint(model.config.vocab_size, (1, length))
-    before = _peak_mib()
+    peak = Peak()
     pipe.send(0.0)
     while pipe.recv() == "again":
         pipe.send(function(model, ids))
-    pipe.send(_peak_mib() - before)
+    pipe.send(peak())
 
 
 def _ours(name: str) -> Any:
@@ -162,15 +162,26 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_mib() -> float:
-    if sys.platform == "win32":
-        import psutil
+class Peak:
+    """Memory of this process above what it holds now: the highest it rises to, in MiB."""
 
-        return psutil.Process().memory_info().peak_wset / 2**20  # type: ignore[attr-defined]
-    import resource
+    def __init__(self):
+        self.status = Path("/proc/self/status")
+        if self.status.exists():
+            Path("/proc/self/clear_refs").write_text("5")  # Linux starts the high-water mark anew
+        self.start = self._now("VmRSS:")
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    def __call__(self) -> float:
+        return max(0.0, self._now("VmHWM:") - self.start)
+
+    def _now(self, field: str) -> float:
+        if self.status.exists():
+            line = next(line for line in self.status.read_text().splitlines() if line.startswith(field))
+            return int(line.split()[1]) / 2**10
+        # Elsewhere the mark since the process began: it can hide what is smaller than the building of the model.
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _spread(times: list[float]) -> str:

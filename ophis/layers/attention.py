@@ -111,7 +111,9 @@ class Attention(nn.Module):
         position = length[:, None] + torch.arange(l, device=q.device)
         q, k = self._rotate(q, position), self._rotate(k, position)
         mask = None
-        if m:
+        if not m:
+            k, v = k.clone(), v.clone()  # views would keep the queries in memory for as long as the state lives
+        else:
             k, v = torch.cat([past_k.to(k.dtype), k], 1), torch.cat([past_v.to(v.dtype), v], 1)
             key = torch.arange(m + l, device=q.device)
             real = key >= m - length[:, None]  # b m+l

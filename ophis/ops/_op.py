@@ -90,7 +90,7 @@ class Op(Generic[P, R]):
                 except ModuleNotFoundError as error:
                     if error.name != module:  # something inside it is missing, not the op's file
                         raise
-            self._backends["reference"] = Backend("reference", self._run_reference, lambda call: None)
+            self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
             self._loaded = True
         return tuple(self._backends.values())
 
@@ -122,7 +122,7 @@ class Op(Generic[P, R]):
             inspect.signature(self.reference).bind(*args, **kwargs)  # raises the TypeError Python itself would
         return call
 
-    def _run_reference(self, **call: Any) -> R:
+    def run_reference(self, **call: Any) -> R:
         """The reference runs packed sequences one by one; its body never sees `cu_seqlens`."""
         if call.get("cu_seqlens") is None:
             return self.reference(**call)  # type: ignore[call-arg]
@@ -140,10 +140,14 @@ class Op(Generic[P, R]):
                     part[name] = None if tensor is None else tensor[i : i + 1]
                 elif tensor is not None and any(s[:2] == ("b", "l") and len(s) == tensor.ndim for s in alternatives):
                     part[name] = tensor[:, start:end]
+            if start == end:  # nothing comes out of an empty sequence, and its state stays
+                states.append(part["initial_state"])
+                continue
             y, state = function(**part)
             outputs.append(y)
             states.append(state)
-        return torch.cat(outputs, 1), torch.cat(states, 0)
+        zeros = torch.zeros_like(next(state for state in states if state is not None))
+        return torch.cat(outputs, 1), torch.cat([zeros if state is None else state for state in states], 0)
 
     # Checks. Every error says: op, argument, what came, what was expected.
 

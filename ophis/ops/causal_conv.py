@@ -44,7 +44,7 @@ def causal_conv(
     window = x.new_zeros(b, w - 1, d, dtype=wide) if initial_state is None else initial_state.to(wide)
     inputs = torch.cat([window, x.to(wide)], 1)
     y = sum(weight[:, k].to(wide) * inputs[:, k : k + l] for k in range(w))
-    return activate(y, bias, activation).to(x.dtype), inputs[:, l:]
+    return activate(y, bias, activation).to(x.dtype), inputs[:, l:].clone()
 
 
 def activate(y, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -23,7 +23,8 @@ def conv(x, weight, bias, *, activation, initial_state, cu_seqlens):
         y, state = packed(x_wide, weight, initial_state, cu_seqlens)
     else:
         inputs = torch.cat([initial_state, x_wide], 1)
-        y, state = depthwise(inputs, weight), inputs[:, x.shape[1] :]
+        # A copy: a view would keep the whole sequence in memory for as long as the state lives.
+        y, state = depthwise(inputs, weight), inputs[:, x.shape[1] :].clone()
     return activate(y, bias, activation).to(x.dtype), state
 
 

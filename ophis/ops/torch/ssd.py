@@ -21,18 +21,15 @@ def chunked(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, initial_sta
     wide = torch.promote_types(x.dtype, torch.float32)
     u, dt = x.to(wide), step_size(dt.to(wide), dt_bias, dt_softplus, dt_limit)
     B, C = B.to(wide), C.to(wide)
-    b, l, h, p = x.shape
     if initial_state is None:
-        rows = b if cu_seqlens is None else len(cu_seqlens) - 1
-        initial_state = u.new_zeros(rows, h, p, B.shape[-1])
-    if l == 1 and cu_seqlens is None:
-        y, state = step(u, dt, A, B, C, initial_state.to(wide))
-    else:
-        y, state = chunks(u, dt, A, B, C, initial_state.to(wide), cu_seqlens)
+        rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        initial_state = u.new_zeros(rows, *x.shape[2:], B.shape[-1])
+    run = step if x.shape[1] == 1 and cu_seqlens is None else chunks
+    y, state = run(u, dt, A, B, C, initial_state.to(wide), cu_seqlens)
     return finish(y, u, per_head(D), z).to(x.dtype), state
 
 
-def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, _: None) -> tuple[Tensor, Tensor]:
     """One position: the recurrence itself, on (b, g, r, p, n)."""
     b, _, h, p = u.shape
     g, n = B.shape[2:]
@@ -67,13 +64,11 @@ def chunks(
 
     # 3. The states at the chunks' ends: a recurrence over the chunks.
     total = decays[:, :, -1]  # b c h
-    first, begin = layout.starts(initial_state)
-    inflow = torch.where(first, inflow + total.to(u.dtype).exp()[..., None, None] * begin, inflow)
+    inflow = layout.admit(inflow, total.to(u.dtype).exp()[..., None, None], initial_state)
     states = carry(total, inflow, layout.sequences)
 
     # 4. What the state at a chunk's start adds to its outputs.
-    before = torch.where(first, begin, torch.cat([states[:, :1], states[:, :-1]], 1))
-    before = before.unflatten(2, (g, -1)).flatten(3, 4)  # b c g rp n
+    before = layout.before(states, initial_state).unflatten(2, (g, -1)).flatten(3, 4)  # b c g rp n
     from_start = torch.exp(within.to(u.dtype))[..., None]
     y = y + from_start * (C @ before.mT).unflatten(4, (-1, p)).transpose(3, 4)
     y = layout.unfold(y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4))
@@ -144,14 +139,16 @@ class Dense:
     def unfold(self, t: Tensor) -> Tensor:
         return t.flatten(1, 2)[:, : self.l]
 
-    def starts(self, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-        """For each chunk: does it start a sequence, and from which state."""
-        chunks = -(-self.l // self.q)
-        first = torch.arange(chunks, device=initial_state.device) == 0
-        return first[:, None, None, None], initial_state[:, None]
+    def admit(self, inflow: Tensor, decay: Tensor, initial_state: Tensor) -> Tensor:
+        """The initial state as part of the first chunk's inflow."""
+        return torch.cat([inflow[:, :1] + decay[:, :1] * initial_state[:, None], inflow[:, 1:]], 1)
+
+    def before(self, states: Tensor, initial_state: Tensor) -> Tensor:
+        """The state at each chunk's start, of those at their ends."""
+        return torch.cat([initial_state[:, None], states[:, :-1]], 1)
 
     def ends(self, states: Tensor, initial_state: Tensor) -> Tensor:
-        return states[:, -1]
+        return states[:, -1].clone()  # a view would keep every chunk's state in memory
 
 
 class Packed:
@@ -170,6 +167,7 @@ class Packed:
         # Chunks past the last sequence's are empty; they count to it and are never read.
         self.sequence = torch.searchsorted(self.first + self.counts, chunk, right=True).clamp(max=sequences - 1)
         self.sequences = self.sequence[None]
+        self.starts = (chunk == self.first[self.sequence])[:, None, None, None]
 
     def fold(self, t: Tensor) -> Tensor:
         empty = t.new_zeros(1, self.chunks * self.q, *t.shape[2:])
@@ -178,10 +176,11 @@ class Packed:
     def unfold(self, t: Tensor) -> Tensor:
         return t.flatten(1, 2).index_select(1, self.places)
 
-    def starts(self, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-        chunk = torch.arange(self.chunks, device=initial_state.device)
-        first = chunk == self.first[self.sequence]
-        return first[:, None, None, None], initial_state[self.sequence][None]
+    def admit(self, inflow: Tensor, decay: Tensor, initial_state: Tensor) -> Tensor:
+        return torch.where(self.starts, inflow + decay * initial_state[self.sequence], inflow)
+
+    def before(self, states: Tensor, initial_state: Tensor) -> Tensor:
+        return torch.where(self.starts, initial_state[self.sequence], torch.cat([states[:, :1], states[:, :-1]], 1))
 
     def ends(self, states: Tensor, initial_state: Tensor) -> Tensor:
         last = (self.first + self.counts - 1).clamp(min=0)
