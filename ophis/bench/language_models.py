@@ -131,9 +131,9 @@ def _work(pipe: Any, side: str, name: str, work: str, length: int) -> None:
 
 
 def _ours(name: str) -> Any:
-    import ophis
+    from ophis.models import LanguageModel, preset
 
-    return ophis.LanguageModel(ophis.preset(name))
+    return LanguageModel(preset(name))
 
 
 def _theirs(name: str) -> Any:

@@ -76,10 +76,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=out_proj_bias, **factory)
 
     def initial_state(self, batch: int) -> AttentionState:
-        weight = self.in_proj.weight
-        nothing = weight.new_zeros(batch, 0, self.num_heads_kv, self.head_dim)
-        window = self.conv1d.initial_state(batch) if self.conv1d else weight.new_zeros(batch, 0, self.qkv_dim)
-        length = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        device = next(self.parameters()).device  # in_proj may be wrapped, or quantised
+        nothing = torch.zeros(batch, 0, self.num_heads_kv, self.head_dim, device=device)
+        window = torch.zeros(batch, 0, self.qkv_dim, device=device)
+        if self.conv1d is not None:
+            window = self.conv1d.initial_state(batch)
+        length = torch.zeros(batch, dtype=torch.int64, device=device)
         return AttentionState(nothing, nothing, length, window)
 
     def forward(

@@ -136,7 +136,10 @@ def scan_backward_op(
     dy: Tensor, d_final: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, kept: Tensor,
     initial_state: Tensor, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C and initial_state; complex ones are PyTorch's, d/dRe + i d/dIm."""
+    """Gradients of x, dt, A, B, C and initial_state; complex ones are PyTorch's, d/dRe + i d/dIm.
+
+    Conjugates are `conj_physical`: the lazy ones of `conj` are not conjugated at all in an inference graph of aot_autograd.
+    """
     rates = A.t().contiguous()
     scale = 2 if A.is_complex() else 1
     dx, ddt = torch.empty_like(x), torch.empty_like(dt)
@@ -148,19 +151,19 @@ def scan_backward_op(
         for i, chunk in reversed(list(enumerate(chunks(part)))):
             u, step_sizes = x[chunk], dt[chunk]
             decay, states = recur(u, step_sizes, rates, B[chunk], kept[part.rows, part.checkpoint + i], room)
-            dC[chunk] = contract_channels(dy[chunk] * scale, states[:, 1:].conj(), C[chunk])
-            grads = outer(C[chunk].conj(), dy[chunk] * scale, out=room.grads[:, : u.shape[1]])
-            decay = decay.conj()
+            dC[chunk] = contract_channels(dy[chunk] * scale, states[:, 1:].conj_physical(), C[chunk])
+            grads = outer(C[chunk].conj_physical(), dy[chunk] * scale, out=room.grads[:, : u.shape[1]])
+            decay = decay.conj_physical()
             for a, g in zip(reversed(decay.unbind(1)), reversed(grads.unbind(1)), strict=True):
                 g += flow
                 flow = a * g
             dB[chunk] = contract_channels(step_sizes * u, grads, B[chunk])
-            inflow = real(contract_states(B[chunk].conj(), grads))  # gradient of dt x
+            inflow = real(contract_states(B[chunk].conj_physical(), grads))  # gradient of dt x
             dx[chunk] = inflow * step_sizes
             # d(dt A) = grad conj(decay h_{t-1}); `grads` is not needed any more and takes it.
-            grads.mul_(decay).mul_(states[:, :-1].conj())
+            grads.mul_(decay).mul_(states[:, :-1].conj_physical())
             d_rates += (grads * step_sizes[:, :, None]).sum((0, 1))
-            ddt[chunk] = torch.addcmul(real(grads.mul_(rates.conj()).sum(2)), inflow, u)
+            ddt[chunk] = torch.addcmul(real(grads.mul_(rates.conj_physical()).sum(2)), inflow, u)
         d_initial[part.state] = flow.transpose(1, 2)
     return dx, ddt, d_rates.t().contiguous(), dB, dC, d_initial
 

@@ -29,8 +29,10 @@ def chunked(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, initial_sta
     return finish(y, u, per_head(D), z).to(x.dtype), state
 
 
-def step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, _: None) -> tuple[Tensor, Tensor]:
-    """One position: the recurrence itself, on (b, g, r, p, n)."""
+def step(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One position of each sequence: the recurrence itself, on (b, g, r, p, n)."""
     b, _, h, p = u.shape
     g, n = B.shape[2:]
     decay = torch.exp(dt[:, 0] * A).view(b, g, -1, 1, 1)
@@ -128,7 +130,7 @@ class Dense:
 
     def __init__(self, l: int):
         self.l = l
-        self.q = min(CHUNK, l)
+        self.q = CHUNK if l >= CHUNK else l
 
     def fold(self, t: Tensor) -> Tensor:
         fill = -self.l % self.q
@@ -156,7 +158,7 @@ class Packed:
 
     def __init__(self, l: int, cu_seqlens: Tensor):
         sequences = len(cu_seqlens) - 1
-        self.q = min(CHUNK, l)
+        self.q = CHUNK if l >= CHUNK else l
         self.chunks = l // self.q + sequences
         lengths = cu_seqlens.diff().long()
         self.counts = (lengths + self.q - 1) // self.q
