@@ -8,13 +8,29 @@ from ophis import ops
 
 
 class CausalConv(nn.Conv1d):
-    """Depthwise causal convolution, (b, l, d) -> (b, l, d). Its state is the window of the last `width - 1` inputs."""
+    """Depthwise causal convolution, (b, l, d) -> (b, l, d). Its state is the window of the last `width - 1` inputs.
+
+    Weights start uniform in ± `init`; by PyTorch's default when None.
+    """
 
     def __init__(
-        self, channels: int, width: int, *, bias: bool = True, activation: str | None, device=None, dtype=None
+        self,
+        channels: int,
+        width: int,
+        *,
+        bias: bool = True,
+        activation: str | None,
+        init: float | None = None,
+        device=None,
+        dtype=None,
     ):
+        self.init, self.activation = init, activation  # first: the base class's constructor ends in reset_parameters
         super().__init__(channels, channels, width, groups=channels, bias=bias, device=device, dtype=dtype)
-        self.activation = activation
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.init is not None:
+            nn.init.uniform_(self.weight, -self.init, self.init)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None

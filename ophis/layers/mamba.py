@@ -66,14 +66,20 @@ class Mamba(SSMParameters):
         self.d_model, self.d_state = d_model, d_state
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        self.dt_init, self.dt_scale = dt_init, dt_scale
         self.norm_bcdt, self.norm_eps = norm_bcdt, norm_eps
         factory = {"device": device, "dtype": dtype}
         fp32 = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self.conv1d = CausalConv(self.d_inner, d_conv, bias=conv_bias, activation="silu", **factory)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj = StepProjection(self.dt_rank, self.d_inner, (dt_min, dt_max, dt_init_floor), **factory)
+        self.dt_proj = StepProjection(
+            self.dt_rank,
+            self.d_inner,
+            (dt_min, dt_max, dt_init_floor),
+            scale=dt_scale * self.dt_rank**-0.5,
+            constant=dt_init == "constant",
+            **factory,
+        )
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **fp32))
         self.D = nn.Parameter(torch.empty(self.d_inner, **fp32))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
@@ -87,12 +93,7 @@ class Mamba(SSMParameters):
 
     @torch.no_grad()
     def reset_ssm_parameters(self) -> None:
-        scale = self.dt_rank**-0.5 * self.dt_scale
-        if self.dt_init == "random":
-            nn.init.uniform_(self.dt_proj.weight, -scale, scale)
-        else:
-            nn.init.constant_(self.dt_proj.weight, scale)
-        self.dt_proj.reset_ssm_parameters()
+        self.dt_proj.reset_parameters()
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand(self.d_inner, -1))  # S4D-Real
         nn.init.ones_(self.D)
 
@@ -134,10 +135,30 @@ class StepProjection(SSMParameters, nn.Linear):
 
     ssm_parameters = ("bias",)
 
-    def __init__(self, rank: int, channels: int, steps: tuple[float, float, float], device=None, dtype=None):
-        super().__init__(rank, channels, device=device, dtype=dtype)
+    def __init__(
+        self,
+        rank: int,
+        channels: int,
+        steps: tuple[float, float, float],
+        *,
+        scale: float,
+        constant: bool,
+        device=None,
+        dtype=None,
+    ):
+        # First: the base class's constructor ends in reset_parameters.
         self.steps = steps  # dt_min, dt_max, floor
+        self.scale, self.constant = scale, constant
+        super().__init__(rank, channels, device=device, dtype=dtype)
         self.bias = nn.Parameter(self.bias.detach().to(torch.promote_types(self.bias.dtype, torch.float32)))
+
+    def reset_parameters(self) -> None:
+        """Its own initial values, not a linear layer's: some frameworks reset module after module."""
+        if self.constant:
+            nn.init.constant_(self.weight, self.scale)
+        else:
+            nn.init.uniform_(self.weight, -self.scale, self.scale)
+        self.reset_ssm_parameters()
 
     @torch.no_grad()
     def reset_ssm_parameters(self) -> None:

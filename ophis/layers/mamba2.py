@@ -86,7 +86,7 @@ class Mamba2(SSMParameters):
         self.heads = self.d_ssm // headdim
         if self.heads % ngroups:
             raise ValueError(f"Mamba2: ngroups={ngroups} must divide the number of heads, {self.heads}")
-        self.A_init_range, self.conv_init = A_init_range, conv_init
+        self.A_init_range = A_init_range
         self.steps = (dt_min, dt_max, dt_init_floor)
         self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
         factory = {"device": device, "dtype": dtype}
@@ -95,7 +95,7 @@ class Mamba2(SSMParameters):
         self.in_proj = nn.Linear(
             d_model, 2 * self.d_mlp + self.d_ssm + self.conv_dim + self.heads, bias=bias, **factory
         )
-        self.conv1d = CausalConv(self.conv_dim, d_conv, bias=conv_bias, activation="silu", **factory)
+        self.conv1d = CausalConv(self.conv_dim, d_conv, bias=conv_bias, activation="silu", init=conv_init, **factory)
         self.dt_bias = nn.Parameter(torch.empty(self.heads, **fp32))
         self.A_log = nn.Parameter(torch.empty(self.heads, **fp32))
         self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.heads, **fp32))
@@ -121,8 +121,6 @@ class Mamba2(SSMParameters):
 
     @torch.no_grad()
     def reset_ssm_parameters(self) -> None:
-        if self.conv_init is not None:
-            nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
         self.dt_bias.copy_(log_uniform_steps(self.heads, *self.steps))
         self.A_log.copy_(torch.empty(self.heads).uniform_(*self.A_init_range).log())
         nn.init.ones_(self.D)

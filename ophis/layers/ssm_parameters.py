@@ -22,12 +22,17 @@ class SSMParameters(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn, recurse: bool = True):
-        before = {name: p.data for name in self.ssm_parameters if (p := getattr(self, name)) is not None}
+        before = {
+            name: (p.data, None if p.grad is None else p.grad.data)
+            for name in self.ssm_parameters
+            if (p := getattr(self, name)) is not None
+        }
         super()._apply(fn, recurse)
-        for name, data in before.items():
+        for name, (data, gradient) in before.items():
             parameter = getattr(self, name)
             if parameter.dtype in (torch.float16, torch.bfloat16) and data.dtype != parameter.dtype:
                 parameter.data = data.to(parameter.device)
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
         return self
 
 

@@ -35,6 +35,11 @@ FOLDERS = ("torch",)
 OPS: dict[str, Op[..., Any]] = {}
 
 
+@torch.compiler.assume_constant_result  # run, not traced, where an op's first call is inside torch.compile
+def _load_backends(name: str) -> None:
+    OPS[name].load_backends()
+
+
 class Backend(NamedTuple):
     name: str
     function: Callable[..., Any]
@@ -82,17 +87,21 @@ class Op(Generic[P, R]):
     @property
     def backends(self) -> tuple[Backend, ...]:
         """Fastest first; the reference last."""
-        if not self._loaded:
-            for folder in FOLDERS:
-                module = f"{__package__}.{folder}.{self.reference.__module__.rpartition('.')[2]}"
-                try:
-                    importlib.import_module(module)
-                except ModuleNotFoundError as error:
-                    if error.name != module:  # something inside it is missing, not the op's file
-                        raise
-            self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
-            self._loaded = True
+        _load_backends(self.name)
         return tuple(self._backends.values())
+
+    def load_backends(self) -> None:
+        if self._loaded:
+            return
+        for folder in FOLDERS:
+            module = f"{__package__}.{folder}.{self.reference.__module__.rpartition('.')[2]}"
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:  # something inside it is missing, not the op's file
+                    raise
+        self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
+        self._loaded = True
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
         """For every backend, fastest first, why it would not run this call; None where it could."""
@@ -221,16 +230,21 @@ class Op(Generic[P, R]):
 
     def _check_packing(self, call: Call, sizes: dict[str, Any]) -> None:
         offsets = call["cu_seqlens"]
-        form = f"{self.name}: cu_seqlens must be int32 offsets (0, ..., l={sizes['l']}), one more than sequences"
+
+        def malformed(got: object) -> ValueError:
+            # Written when it is raised, not before: a length put into a string is a constant to torch.compile.
+            form = f"int32 offsets (0, ..., l={sizes['l']}), one more than sequences"
+            return ValueError(f"{self.name}: cu_seqlens must be {form}; got {got}")
+
         if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
-            raise ValueError(f"{form}; got {_describe(offsets)}")
+            raise malformed(_describe(offsets))
         if sizes["b"] != 1:
             raise ValueError(f"{self.name}: packed sequences (cu_seqlens) need batch 1, got b={sizes['b']}")
         # Reading the offsets of a GPU tensor would wait for the GPU at every call; its values are the caller's.
         if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             values = offsets.tolist()
             if values[0] != 0 or values[-1] != sizes["l"] or values != sorted(values):
-                raise ValueError(f"{form}; got {values}")
+                raise malformed(values)
 
 
 def op(
