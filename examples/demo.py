@@ -2,7 +2,7 @@
 
     make demo
 
-Everything goes into demo/, and a second time it starts over. What is done is what the lines beginning with "$" do in a
+Everything goes into demo/, and a second time it starts over. The lines beginning with "$" are what one would type in a
 shell; `ophis train` takes any other text in place of this one.
 """
 
@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from pydoc_data import topics
@@ -20,18 +21,28 @@ from ophis.cli import main
 
 FOLDER = Path("demo")
 TRAIN = "ophis train demo/text --out demo/model --overwrite"
-GENERATE = 'ophis generate demo/model --prompt "The " --max-new-tokens 600 --temperature 0.7 --seed 1'
+GENERATE = 'ophis generate demo/model --prompt "The " --max-new-tokens 800 --temperature 0.6 --seed 2'
 
 
 def write_text(folder: Path) -> None:
-    """A file for each topic that `help()` knows: half a million characters that come with every Python.
+    """The topics that `help()` knows, a file each: 400,000 characters that come with every Python.
 
-    Without the tables: so small a model learns to draw frames first.
+    The topics repeat each other, and have tables. A paragraph is written once, so that none is held out and learnt all
+    the same, and tables are left out: so small a model would learn to draw their frames first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    seen: set[str] = set()
     for name, text in topics.topics.items():
-        prose = re.sub(r"^ *[|+].*\n", "", text, flags=re.MULTILINE)
-        (folder / f"{re.sub(r'[^A-Za-z-]', '_', name)}.txt").write_text(prose, encoding="utf-8")
+        paragraphs = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(paragraph.split())
+            if words not in seen and "+--" not in words and not words.startswith("|"):
+                seen.add(words)
+                paragraphs.append(paragraph)
+        (folder / f"{re.sub(r'[^A-Za-z-]', '_', name)}.txt").write_text(
+            "\n\n".join(paragraphs) + "\n", encoding="utf-8"
+        )
 
 
 def run(command: str) -> None:
@@ -41,7 +52,7 @@ def run(command: str) -> None:
         sys.exit(code)
 
 
-def losses(path: Path) -> list[dict[str, float]]:
+def read_losses(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
@@ -70,10 +81,10 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 if __name__ == "__main__":
     write_text(FOLDER / "text")
     run(TRAIN)
-    rows = losses(FOLDER / "model/losses.csv")
-    curve = [row["loss"] for row in rows if "loss" in row]
-    print(f"loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.2f}")
+    rows = read_losses(FOLDER / "model/losses.csv")
+    held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    print(f"Loss {held_out[0]:.2f} {sparkline(held_out)} {held_out[-1]:.2f} nats per byte, on text held out")
     if importlib.util.find_spec("matplotlib"):
         plot(rows, FOLDER / "loss.png")
-        print(f"drawn in {FOLDER / 'loss.png'}, its numbers in {FOLDER / 'model/losses.csv'}")
+        print(f"The curve: {FOLDER / 'loss.png'}, {FOLDER / 'model/losses.csv'}")
     run(GENERATE)

@@ -24,8 +24,9 @@ from ophis.ops._op import Op
 #
 # - bfloat16, float16: eps. Rounding the result costs up to eps / 2 of it, and so does rounding one factor on its way to
 #   a matrix unit; the sums themselves are in float32.
-# - float32, float64: 64 eps. No narrow step exists, but sums over the length do: the rounding errors of l additions, each
-#   up to eps / 2 of the sum so far, add up like a random walk to sqrt(l) eps / 2. That is 64 eps at 16384 positions.
+# - float32, float64: 64 eps. There is no narrow step, but there are sums over the length: the rounding errors of l
+#   additions, each up to eps / 2 of the sum so far, add up like a random walk to sqrt(l) eps / 2. That is 64 eps at
+#   16384 positions.
 TOLERANCES: dict[torch.dtype, float] = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
     torch.float16: torch.finfo(torch.float16).eps,
@@ -94,8 +95,8 @@ def check(op: Op[..., Any], inputs: dict[str, Any], backend: str) -> None:
 def evaluate(op: Callable[..., Any], inputs: dict[str, Any], backend: str | None = None) -> dict[str, Tensor]:
     """The outputs of a call, "y" and "state", and the gradient of every tensor in it, "grad x" and so on.
 
-    The gradients are of one sum over all outputs with random weights, so that they flow through the final state too. The
-    weights are multiples of 1/8: every dtype holds them exactly.
+    The gradients are of one sum over all outputs with random weights, so that they flow through the final state too.
+    The weights are multiples of 1/8: every dtype holds them exactly.
     """
     leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if is_differentiable(v)}
     outputs = op(**{**inputs, **leaves}, backend=backend)
@@ -146,7 +147,7 @@ class Case(NamedTuple):
 
 
 class Draw:
-    """Random tensors, drawn in float64 on the CPU and rounded then: the same numbers in every dtype, on every device."""
+    """Random tensors, drawn in float64 on the CPU, then rounded: the same numbers in every dtype, on every device."""
 
     def __init__(self, dtype: torch.dtype, seed: int):
         self.narrow = dtype

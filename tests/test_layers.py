@@ -72,11 +72,10 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 def gradients(outputs: Any, leaves: list[Tensor]) -> list[Tensor]:
     """Of one fixed random weighting of everything differentiable that came out."""
-    differentiable = [t for t in tensors(outputs) if t.requires_grad]
+    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors(outputs) if t.requires_grad]
     generator = torch.manual_seed(3)
-    total = sum((torch.view_as_real(t) if t.is_complex() else t).mul(
-        torch.randn(torch.view_as_real(t).shape if t.is_complex() else t.shape, generator=generator, dtype=torch.float64)
-    ).sum() for t in differentiable)  # fmt: skip
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in parts]
+    total = torch.stack([(t * w).sum() for t, w in zip(parts, weights, strict=True)]).sum()
     return list(torch.autograd.grad(total, leaves, materialize_grads=True))
 
 

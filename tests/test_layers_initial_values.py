@@ -92,8 +92,17 @@ def test_mamba2():
 
 
 def test_mamba2_options():
-    layer = Mamba2(4096, d_state=4, headdim=4, A_init_range=(2, 3), conv_init=0.1, dt_min=0.2, dt_max=0.3, D_has_hdim=True,
-                   learnable_init_states=True)  # fmt: skip
+    layer = Mamba2(
+        4096,
+        d_state=4,
+        headdim=4,
+        A_init_range=(2, 3),
+        conv_init=0.1,
+        dt_min=0.2,
+        dt_max=0.3,
+        D_has_hdim=True,
+        learnable_init_states=True,
+    )
     assert_distributed(layer.A_log.exp(), uniform(2, 3))
     assert_distributed(layer.conv1d.weight, uniform(-0.1, 0.1))
     assert_distributed(F.softplus(layer.dt_bias), scipy.stats.loguniform(0.2, 0.3))

@@ -150,7 +150,7 @@ def test_a_repeated_call_is_checked_again_where_it_differs():
 def test_python_names_the_argument_that_is_missing_or_unknown():
     inputs = first("ssd")
     with pytest.raises(TypeError, match="unexpected keyword argument 'bias'"):
-        ops.ssd(**inputs, bias=None)  # type: ignore[call-arg]
+        ops.ssd(**inputs, bias=None)
     del inputs["C"]
     with pytest.raises(TypeError, match="missing a required argument: 'C'"):
         ops.ssd(**inputs)

@@ -20,8 +20,8 @@ STRONG = [
 
 
 def strong(case: Case, dtype: torch.dtype, length: int) -> dict[str, Any]:
-    """Decay rates of 0.01 to 1000 and steps of 0.0001 to 100, log-uniform: a log decay between two positions is anything
-    from -1e-6 to -1e5, and its running sum passes 1e6. Two rates and two steps in a row are the very ends.
+    """Decay rates of 0.01 to 1000 and steps of 0.0001 to 100, log-uniform: a log decay between two positions is
+    anything from -1e-6 to -1e5, and its running sum passes 1e6. Two rates and two steps in a row are the very ends.
 
     x is small where steps and rates are large, so that float16 holds the gradients (up to 65504).
     """
@@ -44,7 +44,7 @@ def strong(case: Case, dtype: torch.dtype, length: int) -> dict[str, Any]:
     return inputs
 
 
-# Not in float64, where a chunked SSD has no wider dtype for its running sums: at 1e6 they leave ten digits, as expected.
+# Not in float64, where a chunked SSD has no wider dtype for its running sums: at 1e6 they leave ten digits.
 @pytest.mark.parametrize("length", (1, 63, 65, 130))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize(("name", "case"), STRONG)

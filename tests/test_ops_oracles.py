@@ -1,6 +1,6 @@
 """The ops against what is not ours: NumPy and SciPy in float64, closed forms, PyTorch's own convolution.
 
-Every backend is held to them, the reference first. Where an oracle is a closed form over all pairs of positions it shares
+Every backend is held to them, the reference too. An oracle that is a closed form over all pairs of positions shares
 nothing with a recurrence, chunked or not.
 """
 
@@ -109,7 +109,7 @@ def test_ssd_is_masked_attention(backend: str, case: Case):
     y, state = ops.ssd(**inputs, backend=backend)
     a = arrays(inputs)
     x, A, dt = a["x"], a["A"], steps(**a)
-    b, l, h, _ = x.shape
+    h = x.shape[2]
     B, C = (np.repeat(a[k], h // a[k].shape[2], 2) for k in "BC")
     logs = np.cumsum(dt * A, 1)  # b l h
     L = np.tril(np.exp(np.minimum(logs.transpose(0, 2, 1)[..., :, None] - logs.transpose(0, 2, 1)[..., None, :], 0)))

@@ -63,8 +63,8 @@ def names(text: str) -> list[str]:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.text is None and not arguments.resume:
         raise UserError("which text? Say: ophis train PATH --out FOLDER")
-    # Threads that wait for each other without sleeping are 5 to 30 times slower on cores shared with another program
-    # (a step of 0.7 s took 2 to 13 s on two), and no faster on idle ones. Read when PyTorch is first imported.
+    # Threads that wait for each other without sleeping lose most of their time on cores shared with another program: a
+    # step took 2.7 s so and 0.27 s like this, and on idle cores the same either way. Read as PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with user_errors():
         from ophis.training import RunFolder, require_extra, train

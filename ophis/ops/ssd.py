@@ -41,7 +41,7 @@ def ssd(
     Args:
         x: (b, l, h, p).
         dt: (b, l, h), the step size Δ, before dt_bias, softplus and dt_limit. A position with step 0 (-inf before
-            softplus) and x = 0 leaves the state as it was: that is padding. (A lower limit above 0 allows no such step.)
+            softplus) and x = 0 leaves the state as it was: that is padding. A lower limit above 0 allows no such step.
         A: (h,), negative.
         B, C: (b, l, g, n), each for h/g neighbouring heads.
         D: (h,) or (h, p), the skip.

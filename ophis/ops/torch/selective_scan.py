@@ -138,7 +138,7 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C and initial_state; complex ones are PyTorch's, d/dRe + i d/dIm.
 
-    Conjugates are `conj_physical`: the lazy ones of `conj` are not conjugated at all in an inference graph of aot_autograd.
+    Conjugates are `conj_physical`: in an inference graph of aot_autograd the lazy ones of `conj` are never conjugated.
     """
     rates = A.t().contiguous()
     scale = 2 if A.is_complex() else 1
