@@ -14,35 +14,37 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from pydoc_data import topics
 
 from ophis.cli import main
 
 FOLDER = Path("demo")
-TRAIN = "ophis train demo/text --out demo/model --overwrite"
+TRAIN = "ophis train demo/text --out demo/model --overwrite --steps 800"
 GENERATE = 'ophis generate demo/model --prompt "The " --max-new-tokens 800 --temperature 0.6 --seed 2'
 
 
 def write_text(folder: Path) -> None:
-    """The topics that `help()` knows, a file each: 400,000 characters that come with every Python.
+    """The prose of the topics that `help()` knows, a file each: 260,000 characters that come with every Python.
 
-    The topics repeat each other, and have tables. A paragraph is written once, so that none is held out and learnt all
-    the same, and tables are left out: so small a model would learn to draw their frames first.
+    The topics repeat each other. A paragraph is written once, so that none is held out and learnt all the same.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seen: set[str] = set()
     for name, text in topics.topics.items():
-        paragraphs = []
-        for paragraph in re.split(r"\n\s*\n", text):
-            words = " ".join(paragraph.split())
-            if words not in seen and "+--" not in words and not words.startswith("|"):
-                seen.add(words)
-                paragraphs.append(paragraph)
-        (folder / f"{re.sub(r'[^A-Za-z-]', '_', name)}.txt").write_text(
-            "\n\n".join(paragraphs) + "\n", encoding="utf-8"
-        )
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+        paragraphs = [paragraph for paragraph in paragraphs if is_prose(paragraph) and paragraph not in seen]
+        seen.update(paragraphs)
+        lines = "\n\n".join(textwrap.fill(paragraph, 80) for paragraph in paragraphs)
+        (folder / f"{re.sub(r'[^A-Za-z-]', '_', name)}.txt").write_text(lines, encoding="utf-8")
+
+
+def is_prose(paragraph: str) -> bool:
+    """No code, grammar, table or title."""
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return len(paragraph) > 60 and letters > 0.85 * len(paragraph) and not re.search(r">>>|::=|\+--", paragraph)
 
 
 def run(command: str) -> None:

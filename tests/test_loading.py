@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import ophis
 from ophis.models.loading import CheckpointError
@@ -41,7 +42,8 @@ def edit(folder, change) -> None:
 @torch.no_grad()
 def test_round_trip_is_exact(model, folder):
     ids = torch.randint(50, (2, 9))
-    for again in (ophis.load(folder), ophis.load(str(folder)), ophis.LanguageModel.from_pretrained(folder)):
+    by_class = (ophis.LanguageModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder))
+    for again in (ophis.load(folder), ophis.load(str(folder)), *by_class):
         assert not again.training
         assert again.lm_head.weight is again.backbone.embeddings.weight
         assert again.config.to_diff_dict() == model.config.to_diff_dict() or again.config.mixers == model.config.mixers
