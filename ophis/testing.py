@@ -41,6 +41,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
     To the largest entry, not to each its own: an entry that cancels to nearly nothing carries the rounding errors of
     the large terms it came from.
     """
+    if not expected.numel():  # as the state of a convolution of width 1
+        return 0.0
     difference = (actual.to(expected.dtype) - expected).abs().max().item()
     scale = expected.abs().max().item()
     return difference / scale if scale else difference * math.inf if difference else 0.0
@@ -106,6 +108,11 @@ def evaluate(op: Callable[..., Any], inputs: dict[str, Any], backend: str | None
     gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
     named = dict(zip(("y", "state"), (y.detach() for y in outputs), strict=False))
     return {**named, **{f"grad {k}": g for k, g in zip(leaves, gradients, strict=True)}}
+
+
+def backends(op: Op[..., Any], inputs: dict[str, Any]) -> list[str]:
+    """The names of those that can run the call, fastest first."""
+    return [name for name, reason in op.explain(**inputs).items() if reason is None]
 
 
 def widened(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +272,17 @@ def _gated_rms_norm(draw: Draw, l: int, *, b=2, d=48, **options: Any) -> dict[st
     return {"x": draw.signal(b, l, d), "z": draw.signal(b, l, d), "weight": draw.signal(d), **options}
 
 
+def as_step(call: dict[str, Any]) -> dict[str, Any]:
+    """A call on sequences as one of the op's step on their first position: no axis of the length, and a state."""
+    step = {k: v[:, 0] if k in ("x", "dt", "B", "C", "z") else v for k, v in call.items()}
+    step["state"] = step.pop("initial_state")
+    return step
+
+
+def _step(draw: Draw, l: int, *, of: Callable[..., dict[str, Any]], optional="", **sizes: Any) -> dict[str, Any]:
+    return as_step(of(draw, 1, optional=f"initial_state {optional}", **sizes))
+
+
 def _s4d(draw: Draw, l: int, *, b=2, d=4, n=5, complex="A B C", optional="", **options: Any) -> dict[str, Any]:
     offsets = packing(l)
     b, rows = (1, len(offsets) - 1) if "cu_seqlens" in optional else (b, b)
@@ -367,5 +385,21 @@ CASES: dict[str, list[Case]] = {
         Case("skip", partial(_long_conv, optional="D")),
         Case("short kernel", partial(_long_conv, k=5, optional="D")),
         Case("kernel past the end", partial(_long_conv, k=1030)),
+    ],
+}
+
+# The ops that take one position and change their state in place: not differentiable, so `check` is not for them.
+STEPS: dict[str, list[Case]] = {
+    "selective_scan_step": [
+        Case("plain", partial(_step, of=_selective_scan)),
+        Case("everything", partial(_step, of=_selective_scan, optional="D z dt_bias")),
+        Case("groups", partial(_step, of=_selective_scan, B="b l g n", C="b l g n", optional="D dt_bias")),
+        Case("complex", partial(_step, of=_selective_scan, complex="A B C", optional="D z dt_bias")),
+    ],
+    "causal_conv_step": [
+        Case("plain", partial(_step, of=_causal_conv)),
+        Case("everything", partial(_step, of=_causal_conv, activation="silu", optional="bias")),
+        Case("width 2", partial(_step, of=_causal_conv, w=2, activation="silu", optional="bias")),
+        Case("width 7", partial(_step, of=_causal_conv, w=7)),
     ],
 }

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from ophis.ops import OPS
-from ophis.testing import CASES, Case, check, evaluate, is_differentiable
+from ophis.testing import CASES, STEPS, Case, assert_close, backends, check, evaluate, is_differentiable
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 3, 63, 64, 65, 200)
 CALLS = [pytest.param(name, case, id=f"{name}-{case.name}") for name, cases in CASES.items() for case in cases]
 # The reference is a loop in Python: a thousand positions take it seconds, so only some cases see them.
 LONG = [pytest.param(name, case, id=f"{name}-{case.name}") for name, cases in CASES.items() for case in cases[:2]]
-BACKENDS = {name: [b.name for b in op.backends if b.name != "reference"] for name, op in OPS.items()}
 
 # Shapes of models, for a GPU. Chosen so that the reference's float64 states of all positions fit into 24 GB.
 REAL = {
@@ -44,14 +43,14 @@ SMALL = {
 
 def checked(name: str, inputs: dict[str, Any]) -> None:
     """Checks the call on every backend that can run it."""
-    could = [backend for backend in BACKENDS[name] if OPS[name].explain(**inputs)[backend] is None]
+    could = [backend for backend in backends(OPS[name], inputs) if backend != "reference"]
     assert could, f"nothing but the reference runs this call: {OPS[name].explain(**inputs)}"
     for backend in could:
         check(OPS[name], inputs, backend)
 
 
 def test_every_op_has_cases():
-    assert CASES.keys() == OPS.keys()
+    assert CASES.keys() | STEPS.keys() == OPS.keys()
 
 
 def test_memory_is_poisoned():
@@ -91,8 +90,9 @@ def test_reference_in_narrow_dtypes(name: str, case: Case, dtype: torch.dtype, d
 @pytest.mark.parametrize("name", ("selective_scan", "ssd", "causal_conv", "s4d"))
 def test_states_are_float32_whatever_the_inputs_are(name: str, length: int, dtype: torch.dtype):
     for case in CASES[name]:
-        for backend in (*BACKENDS[name], "reference"):
-            y, state = OPS[name](**case.inputs(dtype=dtype, length=length), backend=backend)
+        inputs = case.inputs(dtype=dtype, length=length)
+        for backend in backends(OPS[name], inputs):
+            y, state = OPS[name](**inputs, backend=backend)
             assert y.dtype == dtype
             assert state.dtype.to_real() == torch.float32
 
@@ -102,7 +102,7 @@ def test_twice_the_same_bits(name: str, case: Case, device: str):
     inputs = case.inputs(device, length=150)
     torch.use_deterministic_algorithms(False)  # PyTorch's choice of algorithms must not be what makes them the same
     try:
-        for backend in BACKENDS[name]:
+        for backend in backends(OPS[name], inputs):
             first, second = (evaluate(OPS[name], inputs, backend) for _ in range(2))
             for key in first:
                 assert torch.equal(first[key], second[key]), f"{backend}: {key}"
@@ -126,12 +126,11 @@ def test_gradients_against_finite_differences(name: str, case: Case):
 
     The reference's gradients are PyTorch's own: random directions do.
     """
-    for backend in (*BACKENDS[name], "reference"):
-        inputs = case.inputs(dtype=torch.float64, length=3, **SMALL[name])
-        if OPS[name].explain(**inputs)[backend] is None:  # not every kernel takes float64
-            assert torch.autograd.gradcheck(*differentiable(name, inputs, backend), fast_mode=backend == "reference")
-            inputs = case.inputs(dtype=torch.float64, length=70)
-            assert torch.autograd.gradcheck(*differentiable(name, inputs, backend), fast_mode=True)
+    inputs = case.inputs(dtype=torch.float64, length=3, **SMALL[name])
+    longer = case.inputs(dtype=torch.float64, length=70)
+    for backend in backends(OPS[name], inputs):  # not every kernel takes float64
+        assert torch.autograd.gradcheck(*differentiable(name, inputs, backend), fast_mode=backend == "reference")
+        assert torch.autograd.gradcheck(*differentiable(name, longer, backend), fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "case"), [call for call in CALLS if call.values[0] in ("selective_scan", "ssd")])
@@ -143,3 +142,19 @@ def test_second_gradients_against_finite_differences(name: str, case: Case):
 def test_selective_scan_of_a_batch_in_parts():
     """States of more than 65536 numbers a position: on the CPU the torch backend takes two rows, then the third."""
     check(OPS["selective_scan"], CASES["selective_scan"][1].inputs(length=34, b=3, d=512, n=64), "torch")
+
+
+@pytest.mark.parametrize(("name", "case"), [call for call in CALLS if call.values[0] in ("selective_scan", "ssd")])
+def test_second_gradients_where_the_inputs_depend_on_each_other(name: str, case: Case):
+    """As in a layer, where step sizes, B and C come from x: each path to it counts once."""
+    inputs = case.inputs(dtype=torch.float64, length=5, **SMALL[name])
+    x = inputs.pop("x").requires_grad_()
+
+    def gradient_of_gradient(backend: str) -> torch.Tensor:
+        scale = x.mean().sigmoid()
+        dependent = {k: inputs[k] * scale for k in ("dt", "B", "C")}
+        y, state = OPS[name](x, **{**inputs, **dependent}, backend=backend)
+        (gradient,) = torch.autograd.grad(y.real.square().sum() + state.abs().square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    assert_close(gradient_of_gradient("torch"), gradient_of_gradient("reference"))

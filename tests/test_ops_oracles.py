@@ -14,12 +14,12 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 
-from ophis import ops
+from ophis import ops, testing
 from ophis.testing import CASES, Case, assert_close
 
 
 def backends(name: str) -> list[str]:
-    return [b.name for b in ops.OPS[name].backends]
+    return testing.backends(ops.OPS[name], CASES[name][0].inputs(dtype=torch.float64))
 
 
 def float64_calls(name: str):

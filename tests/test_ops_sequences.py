@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ophis.ops import OPS
 from ophis.ops._op import Op
-from ophis.testing import CASES, Case, assert_close, evaluate
+from ophis.testing import CASES, Case, assert_close, backends, evaluate
 
 STATEFUL = ("selective_scan", "ssd", "causal_conv", "s4d")
 CALLS = [
-    pytest.param(name, case, backend.name, id=f"{name}-{case.name}-{backend.name}")
+    pytest.param(name, case, backend, id=f"{name}-{case.name}-{backend}")
     for name in STATEFUL
     for case in CASES[name]
-    for backend in OPS[name].backends
+    for backend in backends(OPS[name], case.inputs(dtype=torch.float64))
 ]
 PACKED = [call for call in CALLS if "packed" in call.id]
 UNPACKED = [call for call in CALLS if "packed" not in call.id]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import os
@@ -29,15 +30,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Call = Mapping[str, Any]
 
-# Folders of backends, fastest first; each holds one module per op, of the op's name, imported at the first call.
-FOLDERS = ("torch",)
+# Folders of backends, fastest first; each holds one module per op, of the op's name, imported at the first call, and a
+# function `why_not()` that says in a sentence what keeps all of it from running on this machine, or returns None.
+FOLDERS = ("cuda", "triton", "torch")
 
 OPS: dict[str, Op[..., Any]] = {}
 
 
-@torch.compiler.assume_constant_result  # run, not traced, where an op's first call is inside torch.compile
 def _load_backends(name: str) -> None:
     OPS[name].load_backends()
+
+
+# Run, not traced, where an op's first call is inside torch.compile. That is all `torch.compiler.assume_constant_result`
+# does, after importing the compiler: 1.7 s for everyone who imports the ops.
+_load_backends._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Backend(NamedTuple):
@@ -95,11 +101,13 @@ class Op(Generic[P, R]):
             return
         for folder in FOLDERS:
             module = f"{__package__}.{folder}.{self.reference.__module__.rpartition('.')[2]}"
-            try:
+            if importlib.util.find_spec(module) is None:  # this folder has nothing for this op
+                continue
+            reason = importlib.import_module(f"{__package__}.{folder}").why_not()
+            if reason is None:
                 importlib.import_module(module)
-            except ModuleNotFoundError as error:
-                if error.name != module:  # something inside it is missing, not the op's file
-                    raise
+            else:  # its compiler may be missing, or cost a second to import in vain
+                self._backends[folder] = Backend(folder, self.reference, lambda call, reason=reason: reason)
         self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
         self._loaded = True
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ophis.ops._op import op
+from ophis.ops.in_place import check_in_place
 
 
 @op(x="b l d", weight="d w", bias="d", initial_state="b w-1 d")
@@ -47,10 +48,44 @@ def causal_conv(
     return activate(y, bias, activation).to(x.dtype), inputs[:, l:].clone()
 
 
+@op(x="b d", weight="d w", bias="d", state="b w-1 d")
+def causal_conv_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One position of `causal_conv`, for decoding: `state` is changed in place, so that a CUDA graph can be replayed.
+
+    Not differentiable.
+
+    Args:
+        x: (b, d), the present input.
+        state: (b, w-1, d), the inputs before it, float32 or in x's dtype. The oldest leaves, x is appended.
+        weight, bias, activation, backend: as in `causal_conv`.
+
+    Returns:
+        (b, d), in x's dtype.
+    """
+    check_in_place("causal_conv_step", state, x, weight, bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inputs = torch.cat([state.to(wide), x.to(wide)[:, None]], 1)
+    y = activate((inputs * weight.t().to(wide)).sum(1), bias, activation).to(x.dtype)
+    state.copy_(inputs[:, 1:])
+    return y
+
+
 def activate(y, bias: Tensor | None, activation: str | None) -> Tensor:
     """The bias, then the activation, in y's dtype."""
-    if activation not in (None, "silu"):
-        raise ValueError(f"causal_conv: activation is {activation!r}, expected None or 'silu'")
+    check_activation(activation)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return F.silu(y) if activation else y
+
+
+def check_activation(activation: str | None) -> None:
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv: activation is {activation!r}, expected None or 'silu'")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ophis.ops._op import op
+from ophis.ops.in_place import check_in_place
 from ophis.ops.step_size import step_size
 
 
@@ -66,6 +67,48 @@ def selective_scan(
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t]
         ys.append(readout(C[:, t] * h, A).sum(-1))
     return finish(torch.stack(ys, 1), u, D, z).to(x.dtype), h
+
+
+@op(
+    x="b d", dt="b d", A="d n", B="b n | b g n", C="b n | b g n", state="b d n", D="d", z="b d", dt_bias="d",
+    complex="A B C state", divides={"g": "d"},
+)  # fmt: skip
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """One position of `selective_scan`, for decoding: `state` is changed in place, as replaying a CUDA graph wants it.
+
+    Not differentiable.
+
+    Args:
+        x, dt, z: (b, d), the present position.
+        B, C: (b, n), or (b, g, n), each for d/g neighbouring channels.
+        state: (b, d, n), what the scan returned, in its dtype or a narrower one; the arithmetic is float32 or wider.
+        A, D, dt_bias, dt_softplus, backend: as in `selective_scan`.
+
+    Returns:
+        (b, d), in x's dtype.
+    """
+    check_in_place("selective_scan_step", state, x, dt, A, B, C, D, z, dt_bias)
+    before = state.to(state_dtype(x, A, B, state))
+    B, C = B[:, None], C[:, None]
+    y, after = selective_scan.reference(
+        x[:, None], dt[:, None], A, B, C, D=D, z=None if z is None else z[:, None], dt_bias=dt_bias,
+        dt_softplus=dt_softplus, initial_state=before,
+    )  # fmt: skip
+    state.copy_(after)
+    return y[:, 0]
 
 
 def state_dtype(x: Tensor, *matrices: Tensor) -> torch.dtype:

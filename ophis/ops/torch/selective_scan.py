@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ophis.ops.library import apart, function_of, recorded, traced
 from ophis.ops.selective_scan import finish, readout, selective_scan, state_dtype
 from ophis.ops.step_size import step_size
 
@@ -40,7 +41,10 @@ def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlen
     if l == 1 and cu_seqlens is None:
         y, state = step(u, dt, A, B, C, initial_state.to(dtype))
     else:
-        y, state, _ = scan_op(u, dt, A, B, C, initial_state.to(dtype), cu_seqlens)
+        initial_state = initial_state.to(dtype)
+        wanted = recorded(u, dt, A, B, C, initial_state)
+        run = scan_op if traced(u) else scan_function if wanted else scan_forward
+        y, state, _ = run(u, dt, A, B, C, initial_state, cu_seqlens)
     return finish(y, u, D, z).to(x.dtype), state
 
 
@@ -88,13 +92,7 @@ def checkpoints(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return -(-x.shape[1] // CHUNK) if cu_seqlens is None else x.shape[1] // CHUNK + len(cu_seqlens) - 1
 
 
-@torch.library.custom_op(
-    "ophis::selective_scan_torch",
-    mutates_args=(),
-    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial_state, Tensor? cu_seqlens)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def scan_op(
+def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final_state, states at the chunks' starts as (b, chunks, n, d)); B and C are (b, l, g, n)."""
@@ -115,6 +113,15 @@ def scan_op(
     return y, final, kept
 
 
+scan_op = torch.library.custom_op(
+    "ophis::selective_scan_torch",
+    scan_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial_state, Tensor? cu_seqlens)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
 @scan_op.register_fake
 def _(x, dt, A, B, C, initial_state, cu_seqlens):
     kept = A.new_empty(x.shape[0], checkpoints(x, cu_seqlens), A.shape[1], x.shape[2])
@@ -126,13 +133,7 @@ def _(x, dt, A, B, C, initial_state, cu_seqlens):
     )
 
 
-@torch.library.custom_op(
-    "ophis::selective_scan_torch_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor d_final, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept,"
-    " Tensor initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def scan_backward_op(
+def scan_backward(
     dy: Tensor, d_final: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, kept: Tensor,
     initial_state: Tensor, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -168,6 +169,15 @@ def scan_backward_op(
     return dx, ddt, d_rates.t().contiguous(), dB, dC, d_initial
 
 
+scan_backward_op = torch.library.custom_op(
+    "ophis::selective_scan_torch_backward",
+    scan_backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor d_final, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor kept,"
+    " Tensor initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @scan_backward_op.register_fake
 def _(dy, d_final, x, dt, A, B, C, kept, initial_state, cu_seqlens):
     B, C = torch.empty_like(B).contiguous(), torch.empty_like(C).contiguous()
@@ -184,15 +194,18 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, d_final, _):
     x, dt, A, B, C, initial_state, cu_seqlens, kept = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
+        x, dt, A, B, C, initial_state = apart((x, dt, A, B, C, initial_state))
         call = dict(x=x, dt=dt, A=A, B=B, C=C, initial_state=initial_state, cu_seqlens=cu_seqlens)
         inputs = [t for t in (x, dt, A, B, C, initial_state) if t.requires_grad]
         outputs = selective_scan.run_reference(**call)  # past the checks: here B and C may differ in g
         grads = iter(torch.autograd.grad(outputs, inputs, (dy, d_final), create_graph=True))
         return (*(next(grads) if t.requires_grad else None for t in (x, dt, A, B, C, initial_state)), None)
-    return (*scan_backward_op(dy, d_final, x, dt, A, B, C, kept, initial_state, cu_seqlens), None)
+    run = scan_backward_op if traced(dy) else scan_backward
+    return (*run(dy, d_final, x, dt, A, B, C, kept, initial_state, cu_seqlens), None)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
+scan_function = function_of(scan_forward, _setup_context, _backward)
 
 
 def chunks(part: Part) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,171 @@
+"""The selective scan as a custom op around a pair of kernels, and one step of it as an op that writes its state.
+
+b batch  l length  d channels  n state size  g groups of channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ophis.ops.in_place import check_in_place
+from ophis.ops.library import apart, function_of, recorded, traced
+from ophis.ops.selective_scan import selective_scan
+
+Tensors = tuple[Tensor, ...]
+
+
+class Kernels(NamedTuple):
+    """What a folder provides. Both take B and C as (b, l, g, n); A, D, dt_bias and initial_state in float32.
+
+    forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep) -> y, final_state, kept.
+        `kept` is one tensor with whatever the backward pass wants besides the inputs; empty unless `keep`.
+    backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept)
+        -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; anything for what is None.
+    kept_shape(x, A, cu_seqlens) -> the shape of `kept`, which is float32.
+    """
+
+    forward: Callable[..., Tensors]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    kept_shape: Callable[[Tensor, Tensor, Tensor | None], tuple[int, ...]]
+
+
+INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state,"
+    " Tensor? cu_seqlens, bool dt_softplus"
+)
+DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(call: dict[str, Any]) -> str | None:
+    """What no kernel takes."""
+    B, C = call["B"], call["C"]
+    if B.ndim == 2 or C.ndim == 2:
+        return "B or C is constant, (d, n), and its kernels read one for each position"
+    return why_not_step(call)
+
+
+def why_not_step(call: dict[str, Any]) -> str | None:
+    """What no kernel takes at a single position, where B and C have an axis less and the state another name."""
+    x, B, C = call["x"], call["B"], call["C"]
+    for name in ("x", "dt", "A", "B", "C", "z", "initial_state", "state"):
+        t = call.get(name)
+        if t is not None and t.dtype not in DTYPES:
+            return f"{name} is {str(t.dtype).removeprefix('torch.')}, and its kernels are for real float32 and narrower"
+    if B.ndim != C.ndim or (B.ndim == x.ndim + 1 and B.shape[-2] != C.shape[-2]):
+        return "B and C have different numbers of groups"
+    if call["A"].shape[1] > 256:
+        return f"its kernels hold states of up to n=256, and here n={call['A'].shape[1]}"
+    if x.shape[0] == 0:
+        return "the batch is empty"
+    return None
+
+
+def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Makes `ophis::selective_scan_{name}` and its backward; returns a function with the signature of the public op."""
+
+    def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
+        return kernels.forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep)
+
+    schema = f"({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)"
+    scan_op = torch.library.custom_op(f"ophis::selective_scan_{name}", forward, mutates_args=(), schema=schema)
+
+    @scan_op.register_fake
+    def _(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        kept = kernels.kept_shape(x, A, cu_seqlens) if keep else (0,)
+        return x.new_empty(x.shape), A.new_empty(rows, *A.shape), A.new_empty(kept)
+
+    def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
+        found = kernels.backward(
+            dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept
+        )
+        inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+        return tuple(A.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
+
+    schema = f"(Tensor dy, Tensor? d_final, {INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+    backward_op = torch.library.custom_op(
+        f"ophis::selective_scan_{name}_backward", backward, mutates_args=(), schema=schema
+    )
+
+    @backward_op.register_fake
+    def _(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
+        inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+        return tuple(A.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.dt_softplus, _ = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.set_materialize_grads(False)  # no zeros for a final state that nobody differentiates
+
+    def backward_of(ctx, dy, d_final, _):
+        *inputs, cu_seqlens, kept = ctx.saved_tensors
+        dy = inputs[0].new_zeros(inputs[0].shape) if dy is None else dy
+        if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
+            found = _differentiable_backward(dy, d_final, inputs, cu_seqlens, ctx.dt_softplus)
+        else:
+            run: Callable[..., Any] = backward_op if traced(dy) else backward
+            grads = run(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept)
+            found = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
+        return (*found, None, None, None)
+
+    scan_op.register_autograd(backward_of, setup_context=setup_context)
+    function = function_of(forward, setup_context, backward_of)
+
+    def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
+        B, C = (t[:, :, None] if t.ndim == 3 else t for t in (B, C))
+        A, D, dt_bias, initial_state = (None if t is None else t.float() for t in (A, D, dt_bias, initial_state))
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+        keep = recorded(*tensors)
+        run = scan_op if traced(x) else function if keep else forward
+        y, final_state, _ = run(*tensors, cu_seqlens, dt_softplus, keep)
+        return y, final_state
+
+    return scan
+
+
+def step_op(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes `ophis::selective_scan_step_{name}`, which writes its state; returns a function like the public op.
+
+    kernel(x, dt, A, B, C, D, z, dt_bias, old, new, dt_softplus) -> y reads the state from `old`, which may be None for
+    zeros, and writes it to `new`, which may be `old`. B and C are (b, g, n); tensors have any strides, mixed dtypes.
+    """
+
+    def forward(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus):
+        return kernel(x, dt, A, B, C, D, z, dt_bias, state, state, dt_softplus)
+
+    schema = (
+        "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(a!) state,"
+        " bool dt_softplus) -> Tensor"
+    )
+    made = torch.library.custom_op(
+        f"ophis::selective_scan_step_{name}", forward, mutates_args=("state",), schema=schema
+    )
+
+    @made.register_fake
+    def _(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus):
+        return x.new_empty(x.shape)
+
+    def step(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus):
+        check_in_place("selective_scan_step", state, x, dt, A, B, C, D, z, dt_bias)
+        B, C = (t[:, None] if t.ndim == 2 else t for t in (B, C))
+        run = made if traced(x) else forward
+        return run(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus)
+
+    return step
+
+
+def _differentiable_backward(dy, d_final, inputs, cu_seqlens, dt_softplus) -> list[Tensor | None]:
+    inputs = apart(inputs)
+    call = dict(zip(DIFFERENTIABLE, inputs, strict=True))
+    y, final = selective_scan.run_reference(**call, cu_seqlens=cu_seqlens, dt_softplus=dt_softplus)
+    outputs, weights = ([y], [dy]) if d_final is None else ([y, final], [dy, d_final])
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True))
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
