@@ -7,6 +7,7 @@ import argparse
 # What brings something where it is installed: (package, for what).
 OPTIONAL = (
     ("triton", "kernels on GPUs"),
+    ("cuda-bindings", "faster kernels on NVIDIA GPUs"),
     ("numba", "compiled kernels on CPUs"),
     ("accelerate", "ophis train"),
     ("rich", "ophis train"),
@@ -25,22 +26,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ophis import __version__
 
-    print(f"{'ophis':18}{__version__}")
-    print(f"{'python':18}{platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(f"{'torch':18}{torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'transformers':18}{version('transformers') or 'not installed'}")
+    print(f"{'ophis':21}{__version__}")
+    print(f"{'python':21}{platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"{'torch':21}{torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'transformers':21}{version('transformers') or 'not installed'}")
     for line in devices():
-        print(f"{'device':18}{line}")
-    print(f"\n{'optional':18}{'version':14}for")
+        print(f"{'device':21}{line}")
+    print(f"\n{'optional':21}{'version':14}for")
     for name, purpose in OPTIONAL:
-        print(f"{name:18}{version(name) or 'missing':14}{purpose}")
+        print(f"{name:21}{version(name) or 'missing':14}{purpose}")
     device = default_device()
-    print(f"\n{'operator':18}{f'on {device}':14}why not another")
+    print(f"\n{'operator':21}{f'on {device}':14}why not another")
     for name, reasons in backends(device):
         runs = next(backend for backend, reason in reasons.items() if reason is None)
         others = [f"{backend}: {reason or 'could, slower'}" for backend, reason in reasons.items() if backend != runs]
         for i, other in enumerate(others or [""]):
-            print(f"{'' if i else name:18}{'' if i else runs:14}{other}".rstrip())
+            print(f"{'' if i else name:21}{'' if i else runs:14}{other}".rstrip())
     return 0
 
 
@@ -78,7 +79,7 @@ def backends(device: str) -> list[tuple[str, dict[str, str | None]]]:
     import torch
 
     from ophis.ops import OPS
-    from ophis.testing import CASES
+    from ophis.testing import CASES, STEPS
 
-    calls = {name: CASES[name][0].inputs(device=device, dtype=torch.float32) for name in sorted(OPS)}
+    calls = {k: cases[0].inputs(device=device, dtype=torch.float32) for k, cases in sorted({**CASES, **STEPS}.items())}
     return [(name, OPS[name].explain(**call)) for name, call in calls.items()]

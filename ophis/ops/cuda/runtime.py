@@ -1,0 +1,110 @@
+"""From CUDA C++ to a kernel that can be launched: NVRTC, the driver, and a cache on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc  # pyright: ignore[reportMissingImports]
+
+FOLDER = Path(__file__).parent
+Macros = tuple[tuple[str, int], ...]
+
+
+class Kernel:
+    """One function of a compiled file, on one device."""
+
+    def __init__(self, module: driver.CUmodule, name: str, threads: int, shared: int):
+        self.function = _ok(driver.cuModuleGetFunction(module, name.encode()))
+        self.threads, self.shared = threads, shared
+        if shared > 48 * 1024:  # more than that a kernel has to ask for
+            dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _ok(driver.cuFuncSetAttribute(self.function, dynamic, shared))
+
+    def __call__(self, blocks: int, parameters: ctypes.Array[ctypes.c_char], stream: int) -> None:
+        """Launches it; `parameters` is the struct that is its only argument."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        _ok(
+            driver.cuLaunchKernel(
+                self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(pointers), 0
+            )
+        )
+
+
+def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
+    """A struct of 64-bit integers and pointers."""
+    memory = ctypes.create_string_buffer(8 * len(values))
+    struct.pack_into(f"{len(values)}q", memory, 0, *values)
+    return memory
+
+
+@functools.cache
+def load(file: str, macros: Macros, device: int) -> driver.CUmodule:
+    """A file of this folder, compiled with these macros for this device, which must be the current one."""
+    major, minor = torch.cuda.get_device_capability(device)
+    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device")
+    options += tuple(f"-D{name}={value}" for name, value in macros)
+    text, headers = _sources(file)
+    version = _ok(nvrtc.nvrtcVersion(), 2)
+    key = hashlib.sha256(repr((version, options, text, headers)).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{Path(file).stem}-{key}.cubin"
+    try:
+        binary = path.read_bytes()
+    except OSError:
+        binary = _compile(file, text, headers, options)
+        _keep(path, binary)
+    return _ok(driver.cuModuleLoadData(binary))
+
+
+def cache_folder() -> Path:
+    """$OPHIS_CACHE_DIR, or the user's cache folder."""
+    if folder := os.environ.get("OPHIS_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ophis"
+
+
+@functools.cache
+def _sources(file: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    headers = sorted(FOLDER.glob("*.cuh"))
+    return (FOLDER / file).read_text(encoding="utf-8"), tuple((h.name, h.read_text(encoding="utf-8")) for h in headers)
+
+
+def _compile(file: str, text: str, headers: tuple[tuple[str, str], ...], options: tuple[str, ...]) -> bytes:
+    names, texts = [name.encode() for name, _ in headers], [header.encode() for _, header in headers]
+    program = _ok(nvrtc.nvrtcCreateProgram(text.encode(), file.encode(), len(headers), texts, names))
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _ok(nvrtc.nvrtcGetProgramLogSize(program))
+        _ok(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{file} did not compile with {' '.join(options)}:\n{log.decode()}")
+    binary = b" " * _ok(nvrtc.nvrtcGetCUBINSize(program))
+    _ok(nvrtc.nvrtcGetCUBIN(program, binary))
+    _ok(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    """Written beside and renamed, since several processes may compile the same file; without a cache all works too."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _ok(result: tuple[Any, ...], values: int = 1) -> Any:
+    """The values of a call of the driver or of NVRTC, whose first one is an error code."""
+    error, *rest = result
+    if int(error):
+        raise RuntimeError(f"CUDA: {error.name}, from a kernel of ophis.ops.cuda")
+    return (rest[0] if rest else None) if values == 1 else tuple(rest)

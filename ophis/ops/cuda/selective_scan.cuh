@@ -1,0 +1,52 @@
+// The selective scan: what its forward and backward kernels share.
+//
+// b batch  l length  d channels  n state size  g groups. Compiled with, as macros: N (n, rounded up to a multiple of 8),
+// X_KIND, DT_KIND, BC_KIND, Z_KIND, HAS_Z, HAS_D, HAS_BIAS, SOFTPLUS, PACKED, WHOLE (x, dt, z, dy, B and C can be read
+// four neighbours at a time).
+#pragma once
+#include "numbers.cuh"
+
+typedef long long i64;
+
+constexpr int KEEP_EVERY = 32;  // positions from one kept state to the next
+
+struct Strides { i64 b, l, d; };  // d: of channels, or of groups for B and C, whose states lie side by side
+
+struct Params {
+  const void *x, *dt, *B, *C, *z;
+  const float *A, *D, *bias, *initial;
+  const int* offsets;  // of packed sequences
+  void* y;
+  float *final_state;  // (sequences or b, d, n)
+  float *kept;         // (b, l / KEEP_EVERY, d, N)
+  float *carry;        // (b, segments, d, N): the state, or its gradient, that comes into a segment
+  float *span;         // (b, segments, d): the sum of a segment's steps; -1 where nothing passes through it
+  // backward only
+  const void* dy;
+  const float* d_final;
+  void *dx, *ddt, *dz;
+  float *d_initial;
+  float *d_bc;      // (blocks of channels, b, l, 2, N): of B and C, before the sum over channels
+  float *d_rates;   // (b, segments, d, N): of A
+  float *d_skip;    // (b, segments, d): of D
+  float *d_bias;    // (b, segments, d)
+  Strides sx, sdt, sz, sdy, sB, sC;
+  i64 batch, length, channels, states, groups, sequences, segment, segments;
+};
+
+__device__ __forceinline__ i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+// The sequence that a position lies in: the last one that starts at or before it.
+__device__ __forceinline__ int sequence_at(const Params& p, i64 position) {
+  int low = 0, high = (int)p.sequences - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (p.offsets[middle] <= position) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
+__device__ __forceinline__ float step_of(float dt, float bias) {
+  if (HAS_BIAS) dt += bias;
+  return SOFTPLUS ? softplus(dt) : dt;
+}
