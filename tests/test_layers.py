@@ -208,3 +208,20 @@ def test_a_state_of_another_batch_is_refused():
         mamba(x, mamba.initial_state(3))
     with pytest.raises(ValueError, match="the state is of 3 sequences, x of 2"):
         attention(x, attention.initial_state(3))
+
+
+def test_whatever_replaces_the_step_projection_adds_its_own_bias():
+    """The scan adds a plain one's bias; an adapter or a quantised layer in its place is called like any linear."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, base: nn.Module):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x)
+
+    layer, x = Mamba(12, d_state=4).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    expected, _ = layer(x)
+    layer.dt_proj = Wrapped(layer.dt_proj)
+    torch.testing.assert_close(layer(x)[0], expected)

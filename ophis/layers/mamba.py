@@ -111,14 +111,18 @@ class Mamba(SSMParameters):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         if self.norm_bcdt:
             dt, B, C = (F.rms_norm(t, t.shape[-1:], eps=self.norm_eps) for t in (dt, B, C))
+        # The scan adds the bias as it reads dt: a sum in float32 here would be twice as wide, and a pass over it more.
+        # Whatever stands in dt_proj's place, an adapter or a quantised layer, adds its own.
+        plain = type(self.dt_proj) is StepProjection
         y, ssm = ops.selective_scan(
             x,
-            self.dt_proj(dt),
+            self.dt_proj(dt, add_bias=False) if plain else self.dt_proj(dt),
             -torch.exp(self.A_log),
             B,
             C,
             D=self.D,
             z=z,
+            dt_bias=self.dt_proj.bias if plain else None,
             dt_softplus=True,
             initial_state=ssm,
             cu_seqlens=cu_seqlens,
@@ -164,5 +168,6 @@ class StepProjection(SSMParameters, nn.Linear):
     def reset_ssm_parameters(self) -> None:
         self.bias.copy_(log_uniform_steps(self.out_features, *self.steps))
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight) + self.bias
+    def forward(self, input: Tensor, *, add_bias: bool = True) -> Tensor:
+        dt = F.linear(input, self.weight)
+        return dt + self.bias if add_bias else dt
