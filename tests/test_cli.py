@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ophis
-from ophis.cli import main
+from ophis.bench.shapes import SHAPES
+from ophis.cli import info, main
 from ophis.generation import TextStreamer, generate_text, load_tokenizer
 from ophis.ops import OPS
 from ophis.training import RunFolder, byte_tokenizer
@@ -224,3 +225,48 @@ def test_generate_from_damaged_folder(model, capsys):
         assert f"{name} is damaged" in error_of(["generate", "copy"], capsys)
     Path("copy/model.safetensors").unlink()
     assert "model.safetensors is missing" in error_of(["generate", "copy"], capsys)
+
+
+# bench; what it measures is in test_bench.py
+
+
+def test_bench_mistakes(capsys):
+    quick = ["bench", "rms_norm", "--quick", "--device", "cpu"]
+    error = error_of(["bench", "selective_sacn", "--quick"], capsys)
+    assert error.startswith("no operator 'selective_sacn' to measure; there are selective_scan, ")
+    assert "no operator 'ssd' to measure" in error_of(["bench", "rms_norm", "ssd"], capsys)
+    error = error_of([*quick, "--backend", "tritno"], capsys)
+    assert error.startswith("no backend 'tritno' of rms_norm; there are ")
+    assert error.endswith("torch")
+    error = error_of([*quick, "--model", "mamba-130m"], capsys)
+    assert error == "--model is for the language models, which are measured where no operator is named"
+    assert error_of([*quick, "--work", "forward"], capsys).startswith("--work is for the language models")
+    assert error_of(["bench", "--quick"], capsys) == "--quick is for operators, and none is named"
+    assert error_of(["bench", "--model", "mamba-130m", "--backend", "torch"], capsys).startswith("--backend is for")
+    assert "no 'mamba-131m' to measure; there are 'mamba-130m', " in error_of(
+        ["bench", "--model", "mamba-131m"], capsys
+    )
+    assert "no 'sleep' to measure" in error_of(["bench", "--work", "sleep"], capsys)
+    assert error_of([*quick, "--out", "table.csv"], capsys) == "--out is table.csv, expected a folder"
+    assert error_of([*quick, "--out", "fox.txt"], capsys) == "--out is fox.txt, expected a folder"
+    assert "absent.csv" in error_of([*quick, "--against", "absent.csv"], capsys)
+    assert "fox.txt: no column " in error_of([*quick, "--against", "fox.txt"], capsys)
+    assert "invalid choice: 'tpu'" in error_of(["bench", "rms_norm", "--device", "tpu"], capsys)
+    if not torch.cuda.is_available():
+        assert error_of(["bench", "rms_norm", "--device", "cuda"], capsys) == "this machine has no CUDA device"
+
+
+def test_bench_names_its_operators(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"any of {', '.join(SHAPES)} " in printed
+
+
+def test_bench_without_matplotlib(capsys, monkeypatch):
+    version = info.version
+    monkeypatch.setattr("ophis.cli.info.version", lambda name: None if name == "matplotlib" else version(name))
+    assert main(["bench", "rms_norm", "--quick", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("written to rms_norm_cpu.csv; for its plots: pip install 'ophis[bench]'\n")
+    assert [path.name for path in Path().glob("rms_norm*")] == ["rms_norm_cpu.csv"]

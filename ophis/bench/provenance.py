@@ -20,6 +20,7 @@ def provenance(device: str = "cpu") -> dict[str, str]:
         "machine": f"{_processor()}, {os.cpu_count()} cores" if device == "cpu" else torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "transformers": _version("transformers"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),

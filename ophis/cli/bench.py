@@ -1,27 +1,129 @@
-"""Measure this machine: the 130M language models beside transformers' on the CPU.
+"""Measure this machine: operators by name, or else the 130M language models on the CPU.
 
-Each row is printed as it comes and written to a CSV with the machine, the versions and the commit. The training step
-of transformers' Mamba takes ten minutes; `--work` leaves it out.
+ophis bench selective_scan causal_conv    every backend that runs here, over the shapes of models
+ophis bench                               the language models, beside transformers'
+
+Each row is printed as it comes and written to a CSV with the machine, the versions and the commit. An operator's
+backend is checked before it is timed, and left out where it is wrong (the exit code is then 1). Beside it stand the
+functions of mamba-ssm and causal-conv1d where they are installed, and its share of what the device could do: move the
+bytes, or take the exponentials. The training step of transformers' Mamba takes ten minutes; `--work` leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", action="append", metavar="NAME", help="mamba-130m or mamba2-130m; both if not given")
     parser.add_argument(
+        "operators",
+        nargs="*",
+        metavar="OP",
+        help="any of selective_scan, selective_scan_step, causal_conv, causal_conv_step, rms_norm, gated_rms_norm",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the tables go, and the operators' plots; the working directory if not given",
+    )
+    operators = parser.add_argument_group("operators")
+    operators.add_argument("--backend", action="append", metavar="NAME", help="only this one; all if not given")
+    operators.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if not given and there is one")
+    operators.add_argument(
+        "--against", type=Path, metavar="FILE", help="a CSV of others' times to compare with, where shapes are the same"
+    )
+    operators.add_argument("--quick", action="store_true", help="tiny shapes, in seconds, to see that it works")
+    models = parser.add_argument_group("language models")
+    models.add_argument("--model", action="append", metavar="NAME", help="mamba-130m or mamba2-130m; both if not given")
+    models.add_argument(
         "--work",
         action="append",
         metavar="WORK",
         help="'forward', 'training step', 'first token' or 'decoding, per token'; all if not given",
     )
-    parser.add_argument("--out", type=Path, default=Path("language_models_cpu.csv"), metavar="FILE", help="the CSV")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ophis.cli.errors import UserError
+
+    out = arguments.out or Path()
+    if out.is_file() or out.suffix == ".csv":
+        raise UserError(f"--out is {out}, expected a folder")
+    of_operators = [f"--{name}" for name in ("backend", "device", "against", "quick") if getattr(arguments, name)]
+    of_models = [f"--{name}" for name in ("model", "work") if getattr(arguments, name)]
+    if arguments.operators and of_models:
+        raise UserError(f"{of_models[0]} is for the language models, which are measured where no operator is named")
+    if of_operators and not arguments.operators:
+        raise UserError(f"{of_operators[0]} is for operators, and none is named")
+    if arguments.operators:
+        return _run_operators(arguments, out)
+    return _run_language_models(arguments, out / "language_models_cpu.csv")
+
+
+def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
+    import torch
+
+    from ophis.bench import ops
+    from ophis.bench.provenance import write_csv
+    from ophis.bench.shapes import SHAPES
+    from ophis.cli.errors import UserError, user_errors
+    from ophis.cli.info import default_device, version
+
+    for name in arguments.operators:
+        if name not in SHAPES:
+            raise UserError(f"no operator {name!r} to measure; there are {', '.join(SHAPES)}")
+    known = {backend: None for name in arguments.operators for backend in ops.backends(name)}
+    for name in arguments.backend or ():
+        if name not in known:
+            raise UserError(f"no backend {name!r} of {', '.join(arguments.operators)}; there are {', '.join(known)}")
+    device = torch.device(arguments.device or default_device().replace("mps", "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device")
+    with user_errors():
+        against = ops.read_against(arguments.against) if arguments.against else []
+    wrong = False
+    for name in dict.fromkeys(arguments.operators):
+        print(f"{name} on {device}", flush=True)
+        table = out / f"{name}_{device.type}.csv"
+        rows: list[dict[str, Any]] = []
+        for item in ops.run(name, device, backends=arguments.backend or (), quick=arguments.quick, against=against):
+            if isinstance(item, ops.Note):
+                wrong = wrong or item.wrong
+                print(f"  {item.text}", flush=True)
+                continue
+            rows.append(item)
+            print(f"  {_line(item)}", flush=True)
+            write_csv(table, rows)
+        if not rows:
+            print("  nothing was measured")
+        elif version("matplotlib") is None:
+            print(f"written to {table}; for its plots: pip install 'ophis[bench]'")
+        else:
+            from ophis.bench.plots import draw
+
+            print(f"written to {', '.join(map(str, [table, *draw(table)]))}")
+    return 1 if wrong else 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    sizes = " x ".join(str(row[key]) for key in ("batch", "length", "d"))
+    sizes += "".join(f", {letter} {row[letter]}" for letter in ("n", "w") if row[letter])
+    text = (
+        f"{sizes:26} {row['case']:17} {row['dtype']:9} {row['direction']:19} {row['backend']:24} {row['ms_p50']:>9} ms"
+    )
+    if row["graph_ms"]:
+        text += f" ({row['graph_ms']} in a graph)"
+    text += f"   {float(row['share_of_floor']):4.0%} of the roofline"
+    for ratio, name in (("times_faster", row["peer"]), ("against_times_faster", row["against"].partition(",")[0])):
+        if row[ratio]:
+            text += f"   {row[ratio]} times as fast as {name}"
+    return text
+
+
+def _run_language_models(arguments: argparse.Namespace, table: Path) -> int:
     from ophis.bench import language_models
     from ophis.bench.provenance import write_csv
     from ophis.cli.errors import UserError
@@ -42,6 +144,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"{row['times_faster']:>13}   {row['ophis_peak_mib']} / {row['transformers_peak_mib']}",
             flush=True,
         )
-        write_csv(arguments.out, rows)
-    print(f"written to {arguments.out}")
+        write_csv(table, rows)
+    print(f"written to {table}")
     return 0

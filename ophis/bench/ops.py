@@ -1,0 +1,319 @@
+"""Times of operators: every backend that can run a call, beside other packages' functions for the same work.
+
+A backend is checked before it is timed, by the rule in `ophis.testing` on fewer positions and then against the other
+backends on all of them; a wrong one is refused. All sides of a call take turns in one run.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ophis.bench import peers, shapes, timing
+from ophis.bench.provenance import provenance
+from ophis.bench.shapes import FORWARD, Shape
+from ophis.ops import OPS
+from ophis.testing import STEPS, TOLERANCES, assert_close, check, error, is_differentiable, widened
+
+SLOW = 1.0  # seconds of a call above which a backend is not timed: PyTorch's scan of a hundred thousand positions
+AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
+
+
+class Note(NamedTuple):
+    """Something to tell that is not a row."""
+
+    text: str
+    wrong: bool = False  # a backend gave wrong results
+
+
+class Side:
+    """One implementation and its inputs."""
+
+    def __init__(self, op: str, name: str, function: Callable[..., Any], inputs: dict[str, Any]):
+        self.op, self.name, self.function, self.inputs = op, name, function, inputs
+        self.leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if is_differentiable(v)}
+        self.weights: list[Tensor] = []  # gradients of what comes out, drawn once
+
+    def forward(self) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            outputs = self.function(**self.inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def training(self) -> tuple[Tensor, ...]:
+        outputs = self.function(**{**self.inputs, **self.leaves})
+        outputs = shapes.differentiated(self.op, outputs if isinstance(outputs, tuple) else (outputs,))
+        if not self.weights:
+            generator = torch.Generator(outputs[0].device).manual_seed(1)
+            for y in outputs:
+                weight = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+                self.weights.append(weight.normal_(generator=generator))
+        return torch.autograd.grad(outputs, list(self.leaves.values()), self.weights)
+
+    def call(self, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+        return self.forward if direction == FORWARD else self.training
+
+
+def run(
+    op: str,
+    device: torch.device,
+    *,
+    backends: Sequence[str] = (),
+    quick: bool = False,
+    against: Sequence[dict[str, str]] = (),
+) -> Iterator[dict[str, Any] | Note]:
+    """The rows of an op's table as they are measured, and what else there is to tell.
+
+    Args:
+        op: one of `ophis.bench.shapes.SHAPES`.
+        device: where.
+        backends: by name; every one but the reference when empty.
+        quick: tiny shapes, to see that it works.
+        against: rows of `read_against`, joined where sizes and dtype are the same.
+    """
+    limits = timing.limits(device, quick)
+    others, missing = peers.peers_of(op) if device.type == "cuda" else ([], [])
+    yield from map(Note, missing)
+    checked: dict[Any, str | None] = {}
+    for shape in shapes.shapes_of(op, quick):
+        try:
+            names = yield from _fit_to_time(shape, device, backends, checked)
+            if names:
+                yield from _measure(shape, device, names, others, limits, quick, against)
+        except torch.OutOfMemoryError:
+            yield Note(f"{shape}: more memory than {device} has")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fit_to_time(
+    shape: Shape, device: torch.device, backends: Sequence[str], checked: dict[Any, str | None]
+) -> Generator[Note, None, list[str]]:
+    """The backends that can run this call, do so correctly, and take a reasonable time."""
+    sizes = shapes.smaller(shape, device)
+    small = shape.inputs(device, **sizes)
+    names = []
+    for name, reason in implementations(shape.op, small).items():
+        if backends and name not in backends:
+            continue
+        if reason is not None:
+            if backends:
+                yield Note(f"{shape}: {name} cannot run it: {reason}")
+            continue
+        full = {**shape.sizes, **sizes}
+        key = (name, shape.case, shape.dtype, *full.items())
+        if key not in checked:
+            checked[key] = _wrong(shape.op, name, small)
+        if checked[key]:
+            yield Note(f"{shape}: {name} is wrong, and is not timed: {checked[key]}", wrong=True)
+            continue
+        # The time grows at least with the length; on a CPU with the batch as well.
+        times = shape.sizes["l"] / sizes["l"] * (shape.sizes["b"] / sizes["b"] if device.type == "cpu" else 1)
+        call = Side(shape.op, name, function(shape.op, name), _own(small)).call(shape.directions[-1])
+        call()  # may compile: the check had a gradient of the final state as well
+        estimate = times * timing.seconds(call, device)
+        if estimate > SLOW:
+            yield Note(f"{shape}: {name} would take {estimate:.0f} s a call, and is left out")
+            continue
+        names.append(name)
+    return names
+
+
+def _measure(
+    shape: Shape,
+    device: torch.device,
+    names: Sequence[str],
+    others: Sequence[tuple[peers.Peer, Callable[..., Any]]],
+    limits: timing.Limits,
+    quick: bool,
+    against: Sequence[dict[str, str]],
+) -> Iterator[dict[str, Any] | Note]:
+    inputs = shape.inputs(device)
+    reasons = implementations(shape.op, inputs)
+    yield from (Note(f"{shape}: {n} cannot run it: {reasons[n]}") for n in names if reasons[n] is not None)
+    sides = {n: Side(shape.op, n, function(shape.op, n), _own(inputs)) for n in names if reasons[n] is None}
+    for peer, of_peer in others:
+        sides[peer.name] = Side(shape.op, peer.name, *peer.prepare(of_peer, inputs))
+    for direction in shape.directions:
+        yield from _first_calls(shape, sides, direction, names)
+        ours = [n for n in sides if n in names]
+        if not ours:
+            return
+        moved = shapes.bytes_moved(shape.op, inputs, sides[ours[0]].forward(), direction)
+        powers = shapes.exponentials(shape.op, inputs, direction)
+        calls = {name: side.call(direction) for name, side in sides.items()}
+        found = timing.take_turns(calls, device, repeats=3 if quick else None)
+        theirs = {name: times.p50 for name, times in found.items() if name not in names}
+        peer = min(theirs, key=lambda name: theirs[name], default=None)
+        floor = limits.floor(moved, powers)
+        for name, times in found.items():
+            row = {
+                "op": shape.op,
+                "case": shape.case,
+                "batch": shape.sizes["b"],
+                "length": shape.sizes["l"],
+                **{letter: shape.sizes.get(letter, "") for letter in ("d", "n", "w")},
+                "dtype": str(shape.dtype).removeprefix("torch."),
+                "direction": direction,
+                "backend": name,
+                "ms_p20": _digits(times.p20),
+                "ms_p50": _digits(times.p50),
+                "ms_p80": _digits(times.p80),
+                "repeats": times.repeats,
+                "graph_ms": _digits(times.graph),
+                "peak_mib": "" if times.peak_mib is None else f"{times.peak_mib:.1f}",
+                "bytes": moved,
+                "exponentials": powers,
+                "floor_ms": _digits(floor),
+                "share_of_floor": _digits(floor / times.p50, 3),
+            }
+            other = peer if name in names else None
+            published = fastest(row, against) if name in names else None
+            yield {
+                **row,
+                "peer": other or "",
+                "peer_ms": _digits(theirs[other]) if other else "",
+                "times_faster": _digits(theirs[other] / times.p50, 3) if other else "",
+                "against": published["source"] if published else "",
+                "against_ms": published["ms"] if published else "",
+                "against_times_faster": _digits(float(published["ms"]) / times.p50, 3) if published else "",
+                "copy_bytes_per_s": f"{limits.copy:.3g}",
+                "exponentials_per_s": f"{limits.exponentials:.3g}" if limits.exponentials else "",
+                **provenance(device.type),
+            }
+
+
+# What is run
+
+
+def function(op: str, backend: str) -> Callable[..., Any]:
+    return partial(OPS[op], backend=backend)
+
+
+def implementations(op: str, inputs: dict[str, Any]) -> dict[str, str | None]:
+    """Each, and why it cannot run this call. The reference is never timed."""
+    return {name: reason for name, reason in OPS[op].explain(**inputs).items() if name != "reference"}
+
+
+def backends(op: str) -> list[str]:
+    return [backend.name for backend in OPS[op].backends if backend.name != "reference"]
+
+
+def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A step writes into its state: each side has one of its own."""
+    return {k: v.clone() if k == "state" else v for k, v in inputs.items()}
+
+
+# That it is right
+
+
+def _wrong(op: str, backend: str, inputs: dict[str, Any]) -> str | None:
+    try:
+        if op in STEPS:
+            _check_step(op, backend, inputs)
+        else:
+            check(OPS[op], inputs, backend)
+    except torch.OutOfMemoryError:
+        raise
+    except AssertionError as wrong:
+        return str(wrong)
+    except Exception as failed:  # a kernel that does not compile, perhaps; the other backends are still worth a time
+        return f"{type(failed).__name__}: {str(failed).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _check_step(op: str, backend: str, inputs: dict[str, Any]) -> None:
+    """Against the reference of the op that it is one position of."""
+    sequence = OPS[op.removesuffix("_step")]
+    with torch.no_grad():
+        expected = sequence(**_as_sequence(widened(inputs)), backend="reference")
+        plain = sequence(**_as_sequence(inputs), backend="reference")
+        own = _own(inputs)
+        y = function(op, backend)(**own)
+    dtype = inputs["x"].dtype
+    assert_close(y, expected[0][:, 0], plain[0][:, 0], dtype=dtype, name=f"{op}, {backend}: y")
+    assert_close(own["state"], expected[1], plain[1], dtype=dtype, name=f"{op}, {backend}: state")
+
+
+def _as_sequence(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's call as one of the op on sequences, of length 1."""
+    call = {k: v[:, None] if k in ("x", "dt", "B", "C", "z") else v for k, v in step.items()}
+    call["initial_state"] = call.pop("state")
+    return call
+
+
+def _first_calls(shape: Shape, sides: dict[str, Side], direction: str, names: Sequence[str]) -> Iterator[Note]:
+    """Runs every side once, and removes backends that differ and others' functions that fail.
+
+    At the full size no reference is affordable. But an error there is unlikely to be the same in two of them. Two that
+    differ do not tell which is wrong: PyTorch's, the slowest and plainest, is taken at its word.
+    """
+    ours = [name for name in sides if name in names]
+    if not ours:
+        return
+    trusted = sides["torch" if "torch" in ours else ours[-1]]
+    expected = trusted.call(direction)()
+    floor = max(TOLERANCES[v.dtype] for v in trusted.leaves.values())
+    what = ("y", "state") if direction == FORWARD else [f"the gradient of {name}" for name in trusted.leaves]
+    for side in [side for side in sides.values() if side is not trusted]:
+        try:
+            actual = side.call(direction)()
+        except RuntimeError as failed:
+            if side.name in ours:
+                raise
+            del sides[side.name]
+            yield Note(f"{shape}: {side.name} fails: {str(failed).partition(chr(10))[0]}")
+            continue
+        if side.name not in ours:
+            if direction != FORWARD:
+                continue  # theirs lie elsewhere in memory
+            actual = (actual[0].transpose(1, 2) if actual[0].shape != expected[0].shape else actual[0],)
+        off = {w: _error_in_parts(a, e) for w, a, e in zip(what, actual, expected, strict=False)}
+        if beyond := [f"{w} by {o:.1e}" for w, o in off.items() if not o <= AGREE * floor]:
+            text = f"{shape}: {side.name} and {trusted.name} differ, in {', '.join(beyond)}"
+            if side.name in ours:
+                del sides[side.name]
+                text += f"; {side.name} is not timed"
+            yield Note(text, wrong=side.name in ours)
+
+
+def _error_in_parts(actual: Tensor, expected: Tensor) -> float:
+    """`error`, of float32 copies of some of the positions at a time: those of all would take gigabytes."""
+    if expected.ndim != 3:
+        return error(actual.float(), expected.float())
+    pairs = zip(actual.split(65536, 1), expected.split(65536, 1), strict=True)
+    return max((error(a.float(), e.float()) for a, e in pairs), key=lambda off: (off != off, off))
+
+
+# What others published
+
+
+KEYS = ("op", "case", "batch", "length", "d", "n", "w", "dtype", "direction")
+
+
+def read_against(path: Path) -> list[dict[str, str]]:
+    """A table with the columns above, `ms` and `source`; an empty cell fits everything."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if absent := {*KEYS, "ms", "source"} - set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: no column {', '.join(sorted(absent))}")
+    return rows
+
+
+def fastest(row: dict[str, Any], table: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    fitting = [other for other in table if all(other[key] in ("", str(row[key])) for key in KEYS)]
+    return min(fitting, key=lambda other: float(other["ms"]), default=None)
+
+
+def _digits(value: float | None, count: int = 4) -> str:
+    """Without an exponent, which some spreadsheets do not read."""
+    if value is None:
+        return ""
+    rounded = float(f"{value:.{count}g}")
+    return f"{rounded:.9f}".rstrip("0").rstrip(".") if abs(rounded) < 1 else f"{rounded:g}"

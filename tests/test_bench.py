@@ -1,0 +1,285 @@
+"""`ophis bench OP`: what it counts, that it refuses to time what is wrong, its tables and its plots."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ophis.bench import ops, peers, plots, shapes, timing
+from ophis.cli import main
+from ophis.ops import OPS
+from ophis.ops._op import Backend
+from ophis.testing import STEPS
+
+CPU = torch.device("cpu")
+PUBLISHED = Path(__file__).parent.parent / "benchmarks" / "peers_h200.csv"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def table(path: str) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def png(path: str) -> bool:
+    return Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def register(monkeypatch, op: str, name: str, function: Any) -> None:
+    assert OPS[op].backends
+    monkeypatch.setitem(OPS[op]._backends, name, Backend(name, function, lambda call: None))
+
+
+def test_a_table_and_its_plots(capsys):
+    assert (
+        main(["bench", "selective_scan", "--quick", "--device", "cpu", "--backend", "torch", "--out", "new/folder"])
+        == 0
+    )
+    rows = table("new/folder/selective_scan_cpu.csv")
+    printed = capsys.readouterr().out
+    assert printed.count("torch  ") == len(rows) == 10
+    first = rows[0]
+    assert ",".join(list(first)[:10]) == "op,case,batch,length,d,n,w,dtype,direction,backend"
+    assert ",".join(list(first.values())[:10]) == "selective_scan,gated,2,64,32,4,,bfloat16,forward,torch"
+    for row in rows:
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert int(row["bytes"]) > 0
+        assert float(row["floor_ms"]) > 0
+        assert float(row["share_of_floor"]) == pytest.approx(float(row["floor_ms"]) / float(row["ms_p50"]), rel=0.01)
+        assert (row["torch"], row["python"]) == (torch.__version__, sys.version.split()[0])
+    for name in ("selective_scan_cpu.png", "selective_scan_cpu_length.png"):
+        assert png(f"new/folder/{name}")
+        assert name in printed
+
+
+@pytest.mark.parametrize("op", [op for op in shapes.SHAPES if op not in STEPS])
+def test_every_operator_runs(op: str):
+    found = list(ops.run(op, CPU, quick=True, backends=["torch"]))
+    assert not [item for item in found if isinstance(item, ops.Note)]
+    assert len(found) == 2 * len(shapes.shapes_of(op, quick=True))  # forward, forward + backward
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_steps_run_and_are_checked(op: str, monkeypatch):
+    """No backend of theirs is for CPUs: the reference plays one, and one that leaves the state as it was another."""
+    register(monkeypatch, op, "right", OPS[op].reference)
+    register(monkeypatch, op, "idle", lambda state, **call: OPS[op].reference(state=state.clone(), **call))
+    found = list(ops.run(op, CPU, quick=True, backends=["right", "idle"]))
+    notes = [item for item in found if isinstance(item, ops.Note)]
+    assert notes
+    assert all(note.wrong and "idle is wrong" in note.text and "state is off by" in note.text for note in notes)
+    rows = [row for row in found if isinstance(row, dict)]
+    assert [(row["backend"], row["direction"]) for row in rows] == [("right", "forward")] * 2
+
+
+@pytest.mark.parametrize("op", shapes.SHAPES)
+def test_shapes_are_there_quick_and_real(op: str):
+    for quick in (True, False):
+        assert all(shape.op == op for shape in shapes.shapes_of(op, quick))
+        assert len(set(map(str, shapes.shapes_of(op, quick)))) >= len(shapes.shapes_of(op, quick)) - 1  # one in float32
+    for shape in shapes.shapes_of(op):
+        assert shapes.smaller(shape, CPU).keys() == {"b", "l"}
+        for device in (CPU, torch.device("cuda")):
+            assert all(0 < size <= shape.sizes[letter] for letter, size in shapes.smaller(shape, device).items())
+
+
+def test_inputs_are_those_of_the_cases_drawn_on_the_device():
+    scan, *_ = shapes.shapes_of("selective_scan", quick=True)
+    inputs = scan.inputs(CPU)
+    assert set(inputs) == {"x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus"}
+    assert inputs["x"].dtype == torch.bfloat16
+    assert inputs["A"].dtype == torch.float32
+    steps = torch.nn.functional.softplus(inputs["dt"].float() + inputs["dt_bias"])
+    assert 5e-4 < steps.min() < steps.max() < 0.2
+    dense, sliced = (shape.inputs(CPU)["x"] for shape in shapes.shapes_of("causal_conv", quick=True))
+    assert torch.equal(dense, sliced)
+    assert (dense.stride(), sliced.stride()) == ((64 * 32, 32, 1), (64 * 64, 64, 1))
+
+
+def test_bytes_and_exponentials_by_hand():
+    shape, _ = shapes.shapes_of("causal_conv", quick=True)  # 2 x 64 x 32, bfloat16, width 4, silu
+    inputs = shape.inputs(CPU)
+    outputs = OPS["causal_conv"](**inputs)
+    x, parameters, state = 2 * 64 * 32 * 2, 32 * (4 + 1) * 2, 2 * 3 * 32 * 4
+    forward = x + parameters + x + state
+    assert shapes.bytes_moved("causal_conv", inputs, outputs, shapes.FORWARD) == forward
+    backward = x + parameters + x + x + parameters  # reads the inputs and dy, writes dx and the parameters' gradients
+    assert shapes.bytes_moved("causal_conv", inputs, outputs, shapes.TRAINING) == forward + backward
+    assert shapes.exponentials("causal_conv", inputs, shapes.FORWARD) == 2 * 64 * 32
+
+    scan, *_ = shapes.shapes_of("selective_scan", quick=True)  # 2 x 64 x 32, n 4, softplus and gate
+    assert shapes.exponentials("selective_scan", scan.inputs(CPU), shapes.TRAINING) == 2 * (2 * 64 * 32) * (4 + 2)
+
+    (norm,) = shapes.shapes_of("rms_norm", quick=True)  # 2 x 16 x 64, float32 residual
+    inputs = norm.inputs(CPU)
+    x, weight = 2 * 16 * 64 * 2, 64 * 2
+    forward = x + 2 * x + weight + x + 2 * x
+    backward = x + 2 * x + 2 * x + weight + x + 2 * x + weight  # dy, ds and s in; dx, d residual out
+    moved = shapes.bytes_moved("rms_norm", inputs, OPS["rms_norm"](**inputs), shapes.TRAINING)
+    assert moved == forward + backward
+
+
+def test_floor():
+    assert timing.Limits(copy=4e12, exponentials=4e12).floor(moved=4 * 10**9, exponentials=2 * 10**9) == 1.0
+    assert timing.Limits(copy=4e12, exponentials=4e12).floor(moved=4 * 10**9, exponentials=8 * 10**9) == 2.0
+    assert timing.Limits(copy=4e12, exponentials=None).floor(moved=4 * 10**9, exponentials=8 * 10**9) == 1.0
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch, capsys):
+    torch_norm = next(b.function for b in OPS["gated_rms_norm"].backends if b.name == "torch")
+    register(monkeypatch, "gated_rms_norm", "hasty", lambda **call: 1.1 * torch_norm(**call))
+    assert main(["bench", "gated_rms_norm", "--quick", "--device", "cpu"]) == 1
+    assert "hasty is wrong, and is not timed: gated_rms_norm, backend 'hasty': y is off by" in capsys.readouterr().out
+    assert "hasty" not in {row["backend"] for row in table("gated_rms_norm_cpu.csv")}
+
+
+@pytest.mark.parametrize("direction", (shapes.FORWARD, shapes.TRAINING))
+def test_a_backend_that_is_wrong_at_the_full_size_only_is_not_timed(direction: str, monkeypatch):
+    """The reference sees one row on a CPU; here the second one is wrong."""
+    torch_norm = next(b.function for b in OPS["gated_rms_norm"].backends if b.name == "torch")
+
+    def hasty(**call: Any) -> torch.Tensor:
+        y = torch_norm(**call)
+        if direction == shapes.TRAINING and y.requires_grad:
+            y.register_hook(lambda grad: 1.2 * grad)
+        if direction == shapes.FORWARD and len(y) == 2:
+            y[1] = 0
+        return y
+
+    if direction == shapes.TRAINING:  # right where it is checked, at one row
+        monkeypatch.setattr(ops, "_wrong", lambda *_: None)
+    register(monkeypatch, "gated_rms_norm", "hasty", hasty)
+    found = list(ops.run("gated_rms_norm", CPU, quick=True, backends=["torch", "hasty"]))
+    (note,) = [item for item in found if isinstance(item, ops.Note)]
+    assert note.wrong
+    assert "hasty and torch differ, in " + ("y by" if direction == shapes.FORWARD else "the gradient of x") in note.text
+    directions = {row["direction"] for row in found if isinstance(row, dict) and row["backend"] == "hasty"}
+    assert direction not in directions
+
+
+def test_a_slow_backend_is_left_out_and_said_to_be(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda call, device: 1.5)
+    (note,) = ops.run("gated_rms_norm", CPU, quick=True, backends=["torch"])
+    assert isinstance(note, ops.Note)
+    assert "torch would take 3 s a call, and is left out" in note.text
+    assert not note.wrong
+
+
+def test_published_times_are_joined_where_everything_is_the_same():
+    rows = ops.read_against(PUBLISHED)
+    row = {"op": "selective_scan", "case": "gated", "batch": 16, "length": 2048, "d": 2048, "n": 16, "w": "",
+           "dtype": "bfloat16", "direction": "forward"}  # fmt: skip
+    found = ops.fastest(row, rows)
+    assert found is not None
+    assert float(found["ms"]) == 1.17
+    assert ops.fastest({**row, "dtype": "float32"}, rows) is None
+    assert ops.fastest({**row, "case": "no gate"}, rows) is None
+    conv = {**row, "op": "causal_conv", "case": "slice of 2 d", "n": "", "w": 4}
+    found = ops.fastest(conv, rows)
+    assert found is not None
+    assert found["source"].startswith("causal-conv1d, (b, d, l) layout")  # the faster of two
+
+
+def test_every_published_time_meets_a_shape():
+    measured = {
+        (shape.op, *(str(shape.sizes.get(letter, "")) for letter in ("b", "l", "d", "n", "w")), direction)
+        for op in shapes.SHAPES
+        for shape in shapes.shapes_of(op)
+        for direction in shape.directions
+    }
+    for row in ops.read_against(PUBLISHED):
+        assert tuple(row[k] for k in ("op", "batch", "length", "d", "n", "w", "direction")) in measured
+
+
+def test_against_is_a_column(capsys):
+    row = 'gated_rms_norm,,,,,,,,forward,1000,"a snail, at rest"'
+    Path("snail.csv").write_text(f"{','.join(ops.KEYS)},ms,source\n{row}\n")
+    assert main(["bench", "gated_rms_norm", "--quick", "--device", "cpu", "--against", "snail.csv"]) == 0
+    assert "times as fast as a snail\n" in capsys.readouterr().out
+    forward, training = table("gated_rms_norm_cpu.csv")
+    assert forward["against"] == "a snail, at rest"
+    assert float(forward["against_times_faster"]) == pytest.approx(1000 / float(forward["ms_p50"]), rel=0.01)
+    assert training["against"] == ""
+
+
+def test_peers_that_cannot_be_used_are_named(monkeypatch):
+    absent = peers.Peer("snail", "snail-ssm", "snail_ssm.ops:crawl", lambda function, inputs: (function, inputs))
+    broken = types.ModuleType("broken_ssm")  # without the function
+    monkeypatch.setitem(sys.modules, "broken_ssm", broken)
+    twice = (absent, absent._replace(name="snail, other layout"))
+    monkeypatch.setitem(peers.PEERS, "rms_norm", (*twice, absent._replace(package="broken", function="broken_ssm:go")))
+    found, missing = peers.peers_of("rms_norm")
+    assert not found
+    assert missing[0] == "snail-ssm is not installed: its rows are left out"
+    assert missing[1].startswith("broken cannot be imported (module 'broken_ssm' has no attribute 'go')")
+    assert len(missing) == 2
+
+
+def test_peers_get_the_same_numbers_in_their_layout(monkeypatch):
+    """Stand-ins with the peers' signatures and layouts: (b, d, l), and for the convolution (b, l, d) as a view too."""
+    layouts = []
+
+    def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        layouts.append([t.is_contiguous() for t in (u, delta, B, C, z)])
+        x, dt, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
+        y, _ = OPS["selective_scan"](
+            x, dt, A, B, C, D=D, z=z, dt_bias=delta_bias, dt_softplus=delta_softplus, backend="torch"
+        )
+        return y.transpose(1, 2)
+
+    def conv(x, weight, bias=None, activation=None):
+        layouts.append(x.stride())
+        return OPS["causal_conv"](x.transpose(1, 2), weight, bias, activation=activation, backend="torch")[0].mT
+
+    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = scan  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    other = types.ModuleType("causal_conv1d")
+    other.causal_conv1d_fn = conv  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "causal_conv1d", other)
+
+    for op in ("selective_scan", "causal_conv"):
+        shape, *_ = shapes.shapes_of(op, quick=True)
+        found, missing = peers.peers_of(op)
+        assert not missing
+        measured = list(ops._measure(shape, CPU, ["torch"], found, timing.Limits(1e10, None), True, ()))
+        assert not [item for item in measured if isinstance(item, ops.Note)]
+        rows = [row for row in measured if isinstance(row, dict)]
+        assert {row["backend"] for row in rows} == {"torch"} | {peer.name for peer, _ in found}
+        for row in rows:
+            if row["backend"] == "torch":
+                fastest = min(float(r["ms_p50"]) for r in rows
+                              if r["backend"] != "torch" and r["direction"] == row["direction"])  # fmt: skip
+                assert float(row["peer_ms"]) == fastest
+    assert [True] * 5 in layouts
+    assert {(2048, 64, 1), (2048, 1, 32)} <= {layout for layout in layouts if isinstance(layout, tuple)}
+
+
+def test_plots_come_from_the_table_alone():
+    Path("empty.csv").write_text("op,batch\n")
+    assert plots.draw(Path("empty.csv")) == []
+    common = dict(op="x", case="c", d=8, n="", w="", dtype="float32", ms_p20=1, ms_p50=2, ms_p80=3, floor_ms=1,
+                  peak_mib="", machine="m", torch="2", date="d")  # fmt: skip
+    rows = [
+        {**common, "batch": 1, "length": length, "direction": direction, "backend": backend}
+        for length in (8, 16, 32)
+        for direction in plots.DIRECTIONS
+        for backend in ("cuda", "torch", "mamba-ssm", "something new", "and another", "and one more")
+    ]
+    with open("made_up.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    drawn = plots.draw(Path("made_up.csv"))
+    assert [path.name for path in drawn] == ["made_up.png", "made_up_length.png"]
+    assert all(png(str(path)) for path in drawn)
