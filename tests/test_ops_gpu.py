@@ -1,0 +1,476 @@
+"""The kernels on a GPU: shapes of models, sizes past 2^31 and 65,535, what PyTorch builds around them, first calls.
+
+Errors are judged by `ophis.testing.check` where the reference in float64 takes seconds at most. A call that a backend
+cannot run is skipped with the backend's own reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ophis import ops
+from ophis.layers import Mamba
+from ophis.ops import OPS, use_backend
+from ophis.testing import CASES, STEPS, as_step, assert_close, check, evaluate, is_differentiable
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
+]
+
+DEVICE = "cuda"
+KERNELS = ("cuda", "triton")
+NAMES = ("selective_scan", "causal_conv", "rms_norm", "gated_rms_norm")
+PAIRS = [(name, b.name) for name in NAMES for b in OPS[name].backends if b.name in KERNELS]
+OF_SCAN = [backend for name, backend in PAIRS if name == "selective_scan"]
+
+
+def case(name: str, which: str, **options: Any) -> dict[str, Any]:
+    """The inputs of a case, by its name."""
+    return next(c for c in CASES[name] if c.name == which).inputs(DEVICE, **options)
+
+
+def fullest(name: str, **options: Any) -> dict[str, Any]:
+    """The inputs of the op's case with the most options that is not packed."""
+    return case(
+        name, {"rms_norm": "wide residual", "gated_rms_norm": "norm before gate"}.get(name, "everything"), **options
+    )
+
+
+def skip_unless(name: str, backend: str, inputs: dict[str, Any]) -> None:
+    if reason := OPS[name].explain(**inputs)[backend]:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def checked(name: str, backend: str, inputs: dict[str, Any]) -> None:
+    skip_unless(name, backend, inputs)
+    check(OPS[name], inputs, backend)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_are_kernels(name: str):
+    """Everything below skips what a backend cannot run: something must."""
+    reasons = OPS[name].explain(**fullest(name, dtype=torch.bfloat16))
+    assert any(reasons.get(kernel, "absent") is None for kernel in KERNELS), reasons
+
+
+# Shapes of models
+
+
+@pytest.mark.parametrize("sizes", [dict(b=3, length=777, d=1536), dict(b=1, length=2049, d=2048)], ids=str)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_odd_lengths(name: str, backend: str, sizes: dict[str, int]):
+    more = {"n": 16} if name == "selective_scan" else {}
+    checked(name, backend, fullest(name, dtype=torch.bfloat16, **sizes, **more))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_of_one_long_row(backend: str, dtype: torch.dtype):
+    """Too few channels to fill a GPU: the length is what there is to share out."""
+    checked("selective_scan", backend, fullest("selective_scan", dtype=dtype, length=5000, b=1, d=96, n=16))
+
+
+@pytest.mark.parametrize(("n", "g"), [(1, 1), (8, 2), (16, 4), (24, 1), (64, 2), (128, 1), (256, 1)])
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_of_any_state_size(backend: str, n: int, g: int):
+    checked(
+        "selective_scan", backend, case("selective_scan", "groups", dtype=torch.bfloat16, length=131, d=256, n=n, g=g)
+    )
+
+
+@pytest.mark.parametrize("length", (1, 130, 3000))
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_with_strong_decay(backend: str, length: int):
+    """Rates of 0.01 to 1000 and steps of 0.0001 to 100: exponents down to -1e5, and of 1e-6 beside them."""
+    inputs = case("selective_scan", "plain", length=length, b=1, d=96, n=16)
+    generator = torch.Generator().manual_seed(2)
+    rates, steps = (torch.rand(t.shape, generator=generator).to(DEVICE) for t in (inputs["A"], inputs["dt"]))
+    inputs.update(A=-(10 ** (5 * rates - 2)), dt=10 ** (6 * steps - 4), x=inputs["x"] / 64)
+    checked("selective_scan", backend, inputs)
+
+
+@pytest.mark.parametrize("lengths", [(1, 0, 777, 0, 1, 1, 1020, 200), (5, 3000, 60)], ids=str)
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[0] in ("selective_scan", "causal_conv")])
+def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):
+    offsets = list(itertools.accumulate(lengths, initial=0))
+    inputs = case(name, "packed", dtype=torch.bfloat16, length=offsets[-1], d=192)
+    state = inputs["initial_state"]
+    inputs["initial_state"] = torch.randn(len(lengths), *state.shape[1:], device=DEVICE)
+    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    checked(name, backend, inputs)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_slices_of_projections(name: str, backend: str):
+    """As a layer gives them: x and z halves of one projection, B and C parts of another, which begin anywhere."""
+    inputs = fullest(name, dtype=torch.bfloat16, length=500, d=320)
+    for key in {"x", "z", "dt", "B", "C", "residual"} & set(inputs):
+        t = inputs[key]
+        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan)
+        inputs[key] = wide[..., 1 : 1 + t.shape[-1]].copy_(t)
+    checked(name, backend, inputs)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        dict(
+            x=torch.bfloat16, dt=torch.float32, B=torch.bfloat16, C=torch.bfloat16, z=torch.bfloat16
+        ),  # under autocast
+        dict(x=torch.float32, dt=torch.bfloat16, B=torch.float16, C=torch.float32, z=torch.bfloat16),
+        dict(x=torch.float16, dt=torch.float16, B=torch.float32, C=torch.float16, z=torch.float32),
+    ],
+    ids=lambda dtypes: " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in dtypes.items()),
+)
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_of_mixed_dtypes(backend: str, dtypes: dict[str, torch.dtype]):
+    inputs = fullest("selective_scan", length=300, d=128, n=16)
+    checked("selective_scan", backend, {k: v.to(dtypes[k]) if k in dtypes else v for k, v in inputs.items()})
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[0] != "selective_scan"])
+def test_weights_of_another_dtype(name: str, backend: str, dtypes: tuple[torch.dtype, torch.dtype]):
+    inputs = fullest(name, dtype=dtypes[0], length=300, d=128)
+    checked(name, backend, {k: v.to(dtypes[1]) if k in ("weight", "bias", "z") else v for k, v in inputs.items()})
+
+
+# Sizes that a 32-bit integer or a grid's second axis does not hold
+
+
+@pytest.mark.parametrize("sizes", [dict(b=70_000, length=4, d=8), dict(b=1, length=5, d=70_000)], ids=str)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_more_than_65535(name: str, backend: str, sizes: dict[str, int]):
+    checked(name, backend, fullest(name, **sizes))
+
+
+@pytest.mark.parametrize("sliced", (False, True))
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_more_than_2_to_the_31(name: str, backend: str, sliced: bool):
+    """The last positions, and their gradients, against the same call on the last positions alone.
+
+    What is before them is forgotten: 2048 positions with a mean step of 0.02 and rates of at least 1. Either x has more
+    than 2^31 elements, or it is a slice of something that has.
+    """
+    d, wide, last = (16, 2048, 4096) if sliced else (256, 256, 4096)
+    l = 2**31 // wide + 1000
+    without = {"initial_state", "dt_bias", "dt_softplus", "z" if name == "selective_scan" else ""}
+    small = {k: v for k, v in fullest(name, length=2, b=1, d=d).items() if k not in without}
+    inputs, parts = {}, {}  # what has no positions, and what has
+    for key, value in small.items():
+        if not isinstance(value, Tensor) or value.ndim < 3:
+            inputs[key] = value
+            continue
+        width = value.shape[-1]
+        drawn = torch.empty(1, l, wide if key == "x" else width, dtype=torch.bfloat16, device=DEVICE)
+        drawn.uniform_(1e-3, 0.04) if key == "dt" else drawn.normal_()
+        parts[key] = drawn[..., :width]
+    skip_unless(name, backend, {**inputs, **parts})
+    dy = torch.empty(1, last, d, dtype=torch.bfloat16, device=DEVICE).normal_()
+
+    def run(part: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        leaves = {k: v.detach().requires_grad_() for k, v in part.items()}
+        y = OPS[name](**inputs, **leaves, backend=backend)
+        y = y[0] if isinstance(y, tuple) else y
+        # Only the last positions have a gradient; it flows back from them.
+        weight = torch.zeros(y.shape, dtype=y.dtype, device=DEVICE)
+        weight[:, -last:] = dy
+        gradients = torch.autograd.grad(y, list(leaves.values()), weight)
+        return y[:, -2048:].detach().clone(), [g[:, -2048:].clone() for g in gradients]
+
+    y, gradients = run(parts)
+    y_last, gradients_last = run({k: v[:, -last:] for k, v in parts.items()})
+    assert_close(y, y_last, name="y")
+    for key, actual, expected in zip(parts, gradients, gradients_last, strict=True):
+        assert_close(actual, expected, name=f"grad {key}")
+
+
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_what_no_kernel_takes_is_an_error_that_says_who_can(backend: str):
+    inputs = case("selective_scan", "plain", n=300)
+    with pytest.raises(RuntimeError, match=r"n=300\b.*These can: torch, reference"):
+        ops.selective_scan(**inputs, backend=backend)
+    y, _ = ops.selective_scan(**inputs)
+    assert y.isfinite().all()
+
+
+# What PyTorch builds around an op
+
+
+# What PyTorch's compilers and transports warn of is their own.
+theirs = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """One that would rather fail than compile the same code a second time."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", OF_SCAN)
+@theirs
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_for_every_length(backend: str, compiler: str):
+    """All four ops in one graph, forward and backward, for every length."""
+
+    def chosen(name: str) -> str | None:
+        return backend if (name, backend) in PAIRS else None
+
+    def call(**inputs: Any) -> Any:
+        inputs.pop("backend")
+        x, weight = inputs.pop("x"), inputs.pop("weight")
+        x, _ = ops.rms_norm(x, weight[:, 0], backend=chosen("rms_norm"))
+        x, _ = ops.causal_conv(x, weight, activation="silu", backend=chosen("causal_conv"))
+        y, state = ops.selective_scan(x, **inputs, backend=backend)
+        return ops.gated_rms_norm(y, inputs["z"], weight[:, 1], backend=chosen("gated_rms_norm")), state
+
+    compiled = torch.compile(call, backend=compiler, fullgraph=True, dynamic=True)
+    for length in (201, 333):
+        inputs = fullest("selective_scan", length=length, d=64, n=16)
+        inputs["weight"] = fullest("causal_conv", d=64)["weight"]
+        skip_unless("selective_scan", backend, {k: v for k, v in inputs.items() if k != "weight"})
+        expected = evaluate(call, inputs)
+
+        def marked(**inputs: Any) -> Any:
+            for tensor in inputs.values():
+                if isinstance(tensor, Tensor):
+                    for axis, size in enumerate(tensor.shape):
+                        if size != length:  # noqa: B023 (called at once)
+                            torch._dynamo.mark_static(tensor, axis)
+            return compiled(**inputs)
+
+        for key, tensor in evaluate(marked, inputs).items():
+            assert_close(tensor, expected[key], name=key)
+
+
+@pytest.mark.parametrize("backend", OF_SCAN)
+@theirs
+def test_export(backend: str):
+    """A layer as one graph for every length; the kernel is in it by its name."""
+    layer = Mamba(64, d_state=8, device=DEVICE)
+    x = torch.randn(2, 100, 64, device=DEVICE)
+    with use_backend(backend, "selective_scan"), torch.no_grad():
+        length = torch.export.Dim("length", min=64, max=4096)
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({1: length},))
+        assert f"ophis.selective_scan_{backend}" in str(exported.graph)
+        longer = torch.randn(2, 333, 64, device=DEVICE)
+        assert_close(exported.module()(longer)[0], layer(longer)[0])
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_activation_checkpointing_gives_the_same_gradients(name: str, backend: str, reentrant: bool):
+    inputs = fullest(name, dtype=torch.bfloat16, length=200)
+    skip_unless(name, backend, inputs)
+    names = [k for k, v in inputs.items() if is_differentiable(v)]
+
+    def call(*tensors: Tensor) -> Any:
+        return OPS[name](**{**inputs, **dict(zip(names, tensors, strict=True))}, backend=backend)
+
+    def kept(*tensors: Tensor) -> Any:
+        return checkpoint(call, *tensors, use_reentrant=reentrant)
+
+    gradients = []
+    for run in (call, kept):
+        leaves = [inputs[k].detach().requires_grad_() for k in names]
+        outputs = run(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        gradients.append([leaf.grad for leaf in leaves])
+    for key, expected, actual in zip(names, *gradients, strict=True):
+        assert torch.equal(actual, expected), key
+
+
+def outputs_and_gradients(layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y, _ = layer(x)
+    y.float().square().mean().mul(100).backward()  # 100: float16 loses gradients that are too small
+    assert x.grad is not None
+    return {"y": y.detach(), "grad x": x.grad, **{k: p.grad for k, p in layer.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_autocast_around_a_layer(backend: str, dtype: torch.dtype):
+    """At most twice the error that PyTorch's ops make in the same layer under the same autocast."""
+    layer, x = Mamba(256, device=DEVICE), torch.randn(2, 700, 256, device=DEVICE)
+    with use_backend("torch"):
+        expected = outputs_and_gradients(layer, x)
+    with use_backend("torch"), torch.autocast(DEVICE, dtype):
+        plain = outputs_and_gradients(layer, x)
+    with use_backend(backend, "selective_scan"), torch.autocast(DEVICE, dtype):
+        actual = outputs_and_gradients(layer, x)
+    assert actual["y"].dtype == dtype
+    assert actual.keys() == expected.keys()
+    for key, tensor in actual.items():
+        assert_close(tensor.float(), expected[key], plain[key].float(), dtype=dtype, name=key)
+
+
+@pytest.mark.parametrize("transport", ("gloo", "nccl"))
+@pytest.mark.parametrize("backend", OF_SCAN)
+@theirs
+def test_distributed_data_parallel(backend: str, transport: str):
+    if not dist.is_backend_available(transport):
+        pytest.skip(f"this PyTorch is without {transport}")
+    layer, x = Mamba(64, device=DEVICE), torch.randn(2, 70, 64, device=DEVICE)
+    dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with use_backend(backend, "selective_scan"):
+            expected = outputs_and_gradients(layer, x)
+            wrapped = torch.nn.parallel.DistributedDataParallel(layer)
+            actual = outputs_and_gradients(wrapped, x)
+    finally:
+        dist.destroy_process_group()
+    for key, tensor in actual.items():
+        assert_close(tensor, expected[key.removeprefix("module.")], name=key)
+
+
+@pytest.mark.parametrize("length", (70, 3000))
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_twice_the_same_bits(name: str, backend: str, length: int):
+    inputs = fullest(name, dtype=torch.bfloat16, length=length, d=512)
+    skip_unless(name, backend, inputs)
+    torch.use_deterministic_algorithms(True)  # an error where PyTorch has nothing deterministic
+    try:
+        first, *others = (evaluate(OPS[name], inputs, backend) for _ in range(3))
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    for key, other in itertools.product(first, others):
+        assert torch.equal(first[key], other[key]), key
+
+
+# CUDA graphs
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph, outputs
+
+
+@pytest.mark.parametrize("length", (70, 3000))
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+@torch.no_grad()
+def test_forward_in_a_graph(name: str, backend: str, length: int):
+    """Captured once, replayed on other numbers."""
+    inputs, others = (fullest(name, dtype=torch.bfloat16, length=length, seed=seed) for seed in (0, 1))
+    skip_unless(name, backend, inputs)
+    graph, outputs = captured(lambda: OPS[name](**inputs, backend=backend))
+    for key, value in others.items():
+        if isinstance(value, Tensor):
+            inputs[key].copy_(value)
+    graph.replay()
+    expected = OPS[name](**others, backend=backend)
+    outputs, expected = ((t,) if isinstance(t, Tensor) else t for t in (outputs, expected))
+    for actual, other in zip(outputs, expected, strict=True):
+        assert torch.equal(actual, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, b.name) for name in STEPS for b in OPS[name].backends if b.name in KERNELS],
+)
+@torch.no_grad()
+def test_steps_in_a_graph_are_the_sequence(name: str, backend: str):
+    """Replayed for each position, a step gives what the op gives for all of them, in y and in the state."""
+    of = name.removesuffix("_step")
+    sequence = case(of, "everything", length=20, b=3, d=512)
+    signals = [k for k in ("x", "dt", "B", "C", "z") if k in sequence]
+    inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in as_step(sequence).items()}
+    state = inputs["state"]
+    skip_unless(name, backend, inputs)
+    graph, y = captured(lambda: OPS[name](**inputs, backend=backend))
+    state.copy_(sequence["initial_state"])  # it was stepped while warming up
+    ys = []
+    for t in range(20):
+        for key in signals:
+            inputs[key].copy_(sequence[key][:, t])
+        graph.replay()
+        ys.append(y.clone())
+    expected, final = OPS[of](**sequence, backend="reference")
+    assert_close(torch.stack(ys, 1), expected, name="y")
+    assert_close(state, final, name="state")
+
+
+# Compilation
+
+FIRST_CALL = """
+import os, sys, time, torch
+from pathlib import Path
+
+backend, lengths = sys.argv[1], [2048, 777, 1, 2049, 4096, 3, 100, 1000, 64, 16]
+d, n = 2048, 16
+torch.zeros(1, device="cuda").add_(1)
+torch.cuda.synchronize()
+start = time.perf_counter()
+from ophis import ops
+
+def compiled():
+    return sum(len(list(Path(os.environ[k]).rglob("*.cubin"))) for k in ("TRITON_CACHE_DIR", "OPHIS_CACHE_DIR"))
+
+def chosen(name):
+    return backend if backend in [b.name for b in ops.OPS[name].backends] else None
+
+for i, l in enumerate(lengths):
+    def draw(*shape, dtype=torch.bfloat16):
+        return torch.rand(shape, dtype=dtype, device="cuda").requires_grad_()
+    x, _ = ops.causal_conv(draw(1, l, d), draw(d, 4), draw(d), activation="silu", backend=chosen("causal_conv"))
+    A, D, bias = draw(d, n, dtype=torch.float32), draw(d, dtype=torch.float32), draw(d, dtype=torch.float32)
+    y, _ = ops.selective_scan(x, draw(1, l, d), -A, draw(1, l, n), draw(1, l, n), D=D, z=draw(1, l, d),
+                              dt_bias=bias, dt_softplus=True, backend=backend)
+    y.sum().backward()
+    torch.cuda.synchronize()
+    if i == 0:
+        seconds = time.perf_counter() - start
+    if i == 2:  # a row in parts, a row in one part, a single position: all kernels there are
+        kernels = compiled()
+print(seconds, kernels, compiled())
+"""
+
+
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_first_calls_and_new_lengths(backend: str, tmp_path):
+    """In fresh processes: convolution and scan, forward and backward, take seconds once, hardly any the next time, and
+    no length compiles anything anew. Importing PyTorch and starting CUDA are not counted."""
+    skip_unless("selective_scan", backend, fullest("selective_scan", dtype=torch.bfloat16, d=2048, n=16))
+    folders = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "OPHIS_CACHE_DIR": str(tmp_path / "ophis")}
+    seconds = []
+    for _ in ("cold", "warm"):
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL, backend],
+            env={**os.environ, **folders},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        took, before, after = done.stdout.split()
+        assert int(before) > 0
+        assert after == before, f"{int(after) - int(before)} kernels compiled for new lengths"
+        seconds.append(float(took))
+    cold, warm = seconds
+    print(f"{backend}: first call after {cold:.1f} s cold, {warm:.2f} s warm")
+    assert cold < 15
+    assert warm < 2
