@@ -1,5 +1,6 @@
-// Numbers: narrow ones in memory, float32 in registers. Nothing here needs a header of the CUDA toolkit.
+// Numbers: narrow ones in memory, float32 in registers.
 #pragma once
+#include "instructions.cuh"
 
 enum Kind { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -9,17 +10,13 @@ template <> struct Stored<FLOAT32> { using type = float; };
 template <int KIND> __device__ __forceinline__ float widen(typename Stored<KIND>::type v) {
   if constexpr (KIND == FLOAT32) return v;
   else if constexpr (KIND == BFLOAT16) return __uint_as_float((unsigned)v << 16);
-  else { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+  else return from_half(v);
 }
 
 template <int KIND> __device__ __forceinline__ typename Stored<KIND>::type narrow(float f) {
   if constexpr (KIND == FLOAT32) return f;
-  else {
-    unsigned short v;
-    if constexpr (KIND == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
-    else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
-    return v;
-  }
+  else if constexpr (KIND == BFLOAT16) return to_bfloat(f);
+  else return to_half(f);
 }
 
 template <int KIND> __device__ __forceinline__ void put(void* p, long long i, float f) {
@@ -71,31 +68,14 @@ __device__ __forceinline__ Four<KIND> fetch2and2(const typename Stored<KIND>::ty
 // The same into shared memory; with ADJACENT the copy goes its own way until `await_copies`.
 template <int KIND, bool ADJACENT>
 __device__ __forceinline__ void copy4(Four<KIND>* to, const typename Stored<KIND>::type* from, long long stride, int count) {
-  if constexpr (ADJACENT) {
-    constexpr int SIZE = sizeof(Four<KIND>);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-                 "n"(SIZE), "r"(count > 0 ? SIZE : 0)
-                 : "memory");
-  } else {
-    *to = fetch4<KIND>(from, stride, count);
-  }
+  if constexpr (ADJACENT) copy_async<sizeof(Four<KIND>)>(to, from, count > 0);
+  else *to = fetch4<KIND>(from, stride, count);
 }
-
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 template <int KIND> __device__ __forceinline__ Four<KIND> narrow4(const float (&f)[4]) {
   if constexpr (KIND == FLOAT32) return {make_float4(f[0], f[1], f[2], f[3])};
-  else {
-    unsigned low, high;
-    if constexpr (KIND == BFLOAT16) {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(f[1]), "f"(f[0]));
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(f[3]), "f"(f[2]));
-    } else {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(f[1]), "f"(f[0]));
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(f[3]), "f"(f[2]));
-    }
-    return {make_uint2(low, high)};
-  }
+  else if constexpr (KIND == BFLOAT16) return {make_uint2(to_bfloats(f[0], f[1]), to_bfloats(f[2], f[3]))};
+  else return {make_uint2(to_halves(f[0], f[1]), to_halves(f[2], f[3]))};
 }
 
 // One store of 8 or 16 bytes, aligned; or of the first `count` of the four.
@@ -112,25 +92,7 @@ template <int KIND> __device__ __forceinline__ void put4(void* p, long long i, c
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float exp2_fast(float x) {  // one instruction, 2 units in the last place
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-LOG2E * x)); }
-
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|). log1p(e) / e on [0, 1] is a polynomial of degree 8, off by 2e-7 at most:
 // the units that take logarithms are the ones that the scan's exponentials keep busy.

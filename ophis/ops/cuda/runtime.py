@@ -9,6 +9,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ class Kernel:
         )
 
 
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be x's."""
+    return torch.cuda.device(x.device)
+
+
+def stream() -> int:
+    """The current one of the current device."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
     """A struct of 64-bit integers and pointers."""
     memory = ctypes.create_string_buffer(8 * len(values))
@@ -47,7 +63,7 @@ def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
 
 
 @functools.cache
-def load(file: str, macros: Macros, device: int) -> driver.CUmodule:
+def load(file: str, macros: Macros, device: torch.device) -> driver.CUmodule:
     """A file of this folder, compiled with these macros for this device, which must be the current one."""
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device")

@@ -74,19 +74,14 @@ SHORTEST = 4 * KEEP_EVERY
 
 def shape_for(x: Tensor, size: int) -> Shape:
     b, l, d = x.shape
-    blocks, processors = b * -(-d // NARROW.channels), _multiprocessors(x.device.index)
+    blocks, processors = b * -(-d // NARROW.channels), runtime.multiprocessors(x.device)
     narrow = size == 16 and l <= NARROW_LONGEST and processors / 2 <= blocks <= processors
     return NARROW if narrow else SHAPES[size]
 
 
 def segments_for(x: Tensor, channels: int, wanted: int) -> int:
     blocks = x.shape[0] * -(-x.shape[2] // channels)
-    return max(1, min(wanted * _multiprocessors(x.device.index) // blocks, -(-x.shape[1] // SHORTEST)))
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(wanted * runtime.multiprocessors(x.device) // blocks, -(-x.shape[1] // SHORTEST)))
 
 
 def padded(n: int) -> int:
@@ -94,11 +89,15 @@ def padded(n: int) -> int:
 
 
 def why_not(call) -> str | None:
+    x = call["x"]
+    return why_not_these(call) if x.is_cuda else f"x is on {x.device.type}, not on an NVIDIA GPU"
+
+
+def why_not_these(call) -> str | None:
+    """Tensors that the kernels are not for."""
     if reason := why_no_kernel(call):
         return reason
     x, B = call["x"], call["B"]
-    if not x.is_cuda:
-        return f"x is on {x.device.type}, not on an NVIDIA GPU"
     if x.shape[1] == 1:
         return "x has length 1, and its kernels are for longer ones; Triton has one for a single position"
     if B.ndim == 4 and (x.shape[2] // B.shape[2]) % 64 and B.shape[2] > 1:
@@ -123,7 +122,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     shape = shape_for(x, call.N)
     call.split(1 if shape is NARROW else segments_for(x, shape.channels, FORWARD_BLOCKS))
     call.set(y=y, final_state=final_state, kept=kept)
-    with torch.cuda.device(x.device):
+    with runtime.on_device_of(x):
         if call.segments > 1:
             call.carry("states", "pass_states", shape)
         call.launch("outputs", shape, keep)
@@ -145,7 +144,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     d_bc = A.new_empty(-(-d // (16 * WARPS)), b, l, 2, N)
     call.set(kept=kept, d_final=d_final, dx=dx, ddt=ddt, dz=dz, d_initial=d_initial)
     call.set(d_bc=d_bc, d_rates=d_rates, d_skip=d_skip, d_bias=d_bias)
-    with torch.cuda.device(x.device):
+    with runtime.on_device_of(x):
         if call.segments > 1:
             call.carry("gradients", "pass_gradients", SHAPES[N])
         elif N > 16:
@@ -225,17 +224,17 @@ class Launches:
 
     def launch(self, name: str, shape: Shape, keep: bool) -> None:
         b, _, d = self.x.shape
-        kernel = _forward_kernel(name, shape, (*self.macros, ("KEEP", int(keep))), self.x.device.index)
+        kernel = _forward_kernel(name, shape, (*self.macros, ("KEEP", int(keep))), self.x.device)
         if name.startswith("pass"):
             blocks = -(-b * d * self.N // kernel.threads)
         else:
             blocks = b * -(-d // shape.channels) * (self.segments if name == "outputs" else self.segments - 1)
-        kernel(blocks, self.parameters(), torch.cuda.current_stream().cuda_stream)
+        kernel(blocks, self.parameters(), runtime.stream())
 
     def launch_backward(self, dB: Tensor, dC: Tensor, d_bc: Tensor) -> None:
         b, l, d = self.x.shape
-        stream = torch.cuda.current_stream().cuda_stream
-        kernel, gather = _backward_kernels(self.macros, self.x.device.index)
+        stream = runtime.stream()
+        kernel, gather = _backward_kernels(self.macros, self.x.device)
         blocks = -(-d // (16 * WARPS))
         kernel(blocks * self.segments * b, self.parameters(), stream)
         size = b * l * 2 * self.N * self.groups
@@ -253,7 +252,7 @@ def _in_fours(t: Tensor) -> bool:
 
 
 @functools.cache
-def _forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: int) -> runtime.Kernel:
+def _forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
     module = runtime.load("selective_scan_forward.cu", (*macros, *shape.macros), device)
     if name.startswith("pass"):
         return runtime.Kernel(module, name, 256, 0)
@@ -261,7 +260,7 @@ def _forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: int
 
 
 @functools.cache
-def _backward_kernels(macros: runtime.Macros, device: int) -> tuple[runtime.Kernel, runtime.Kernel]:
+def _backward_kernels(macros: runtime.Macros, device: torch.device) -> tuple[runtime.Kernel, runtime.Kernel]:
     shared = _backward_shared(**dict(macros))
     # Two blocks on a multiprocessor where their memory fits; registers are given out accordingly.
     blocks = max(1, min(BLOCKS, 227 * 1024 // (shared + 1024)))

@@ -78,10 +78,7 @@ struct QuadSums {
 
   template <int I> __device__ __forceinline__ void multiply(const float (&v)[4], int quad) {
     const float even = quad == 2 * I ? 1.f : 0.f, odd = quad == 2 * I + 1 ? 1.f : 0.f;  // of the columns
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])), "r"(__float_as_uint(v[3])),
-          "r"(__float_as_uint(even)), "r"(__float_as_uint(odd)));
+    multiply_tf32(sums, v, even, odd);
   }
 
   // Two quads share four states: their sum, in order.

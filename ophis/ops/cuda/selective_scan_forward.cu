@@ -147,7 +147,7 @@ __device__ __forceinline__ void scan(const Params& p) {
         }
       };
       auto advance = [&](int i0, const Position (&positions)[UNROLL]) {
-        if (WHAT == OUTPUTS && KEEP && (at + i0) % KEEP_EVERY == 0)
+        if (WHAT == OUTPUTS && KEEP && (at + i0) % KEEP_EVERY == 0 && at + i0 < end)
           store(p.kept, b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + (at + i0) / KEEP_EVERY, N);
         float y[UNROLL][PER];
 #pragma unroll

@@ -1,0 +1,144 @@
+"""The CUDA kernels compiled for the CPU and run there, thread by thread. Run by tests/test_ops_cuda.py.
+
+Nothing of this is fast, and it says nothing about races within a warp; but every line of the kernels runs, on poisoned
+shared memory, against the float64 reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["cuda.bindings"].__dict__.update(
+    driver=types.SimpleNamespace(CUmodule=object), nvrtc=types.SimpleNamespace()
+)
+
+from ophis import ops
+from ophis.ops.cuda import runtime, selective_scan
+from ophis.ops.library.selective_scan import Kernels, custom_op
+from ophis.testing import CASES, check
+
+HERE = Path(__file__).parent
+STRUCTS = {"gather": "Parts"}
+LAUNCH = """
+extern "C" void launch_{name}(long blocks, int threads, long shared, const {struct}* p) {{
+  if ({uses_shared} && shared < (long)sizeof(Shared)) std::abort();
+  run(blocks, threads, [&] {{ {name}(*p); }});
+}}
+"""
+NAMES = {
+    "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
+    "selective_scan_backward.cu": ("backward", "gather"),
+}
+FOLDER = Path(tempfile.mkdtemp())
+
+
+@functools.cache
+def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    for source in runtime.FOLDER.glob("*.cu*"):
+        (folder / source.name).write_text(source.read_text())
+    (folder / "instructions.cuh").write_text((HERE / "instructions.cuh").read_text())
+    launches = [
+        LAUNCH.format(
+            name=name,
+            struct=STRUCTS.get(name, "Params"),
+            uses_shared=int(name not in ("gather", "pass_states", "pass_gradients")),
+        )
+        for name in NAMES[file]
+    ]
+    (folder / "launches.cu").write_text(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches))
+    options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    options += [f"-D{name}={value}" for name, value in macros]
+    command = ["g++", *options, "-x", "c++", str(folder / "launches.cu"), "-o", str(folder / "kernels.so")]
+    subprocess.run(command, check=True, capture_output=True)
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+class Kernel:
+    def __init__(self, module: ctypes.CDLL, name: str, threads: int, shared: int):
+        self.function = getattr(module, f"launch_{name}")
+        self.threads, self.shared = threads, shared
+
+    def __call__(self, blocks: int, parameters: Any, stream: int) -> None:
+        self.function(ctypes.c_long(blocks), self.threads, ctypes.c_long(self.shared), ctypes.byref(parameters))
+
+
+runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
+runtime.on_device_of = lambda x: contextlib.nullcontext()
+runtime.stream = lambda: 0
+runtime.multiprocessors = lambda device: 1
+kernels = Kernels(selective_scan.forward, selective_scan.backward, selective_scan.kept_shape)
+ops.selective_scan.register("emulated", selective_scan.why_not_these)(custom_op("emulated", kernels))
+
+SIZES = dict(d=24, n=16)  # groups of 8 channels are Triton's; the others are all here
+RUN = [
+    case
+    for case in CASES["selective_scan"]
+    if "channel" not in case.name and ops.selective_scan.explain(**case.inputs(length=4, **SIZES))["emulated"] is None
+]
+
+
+def test_there_are_cases():
+    assert {case.name for case in RUN} >= {"plain", "everything", "packed"}
+
+
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("dtype", "length"), [(torch.float32, 3), (torch.float32, 70), (torch.bfloat16, 70), (torch.float16, 33)], ids=str
+)
+def test_cases(case: Any, dtype: torch.dtype, length: int):
+    check(ops.selective_scan, case.inputs(dtype=dtype, length=length, **SIZES), "emulated")
+
+
+@pytest.mark.parametrize("n", (1, 8, 24, 64, 128, 256))
+def test_state_sizes(n: int):
+    case = next(case for case in RUN if case.name == "everything")
+    check(ops.selective_scan, case.inputs(length=40, b=1, d=20, n=n), "emulated")
+
+
+@pytest.mark.parametrize("name", ("everything", "packed"))
+@pytest.mark.parametrize("n", (16, 32))
+def test_segments(name: str, n: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 100)
+    monkeypatch.setattr(selective_scan, "SHORTEST", 32)
+    case = next(case for case in RUN if case.name == name)
+    check(ops.selective_scan, case.inputs(length=150, b=1, d=20, n=n), "emulated")
+
+
+@pytest.mark.parametrize("name", ("everything", "packed"))
+def test_the_layout_for_few_channels(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 2)
+    case = next(case for case in RUN if case.name == name)
+    inputs = case.inputs(length=150, b=1, d=20, n=16)
+    assert selective_scan.shape_for(inputs["x"], 16) is selective_scan.NARROW
+    check(ops.selective_scan, inputs, "emulated")
+
+
+def test_groups_of_channels():
+    case = next(case for case in CASES["selective_scan"] if case.name == "groups")
+    check(ops.selective_scan, case.inputs(length=40, d=192, n=16), "emulated")
+
+
+def test_slices_of_projections():
+    """Neighbours that can and that cannot be read four at a time."""
+    case = next(case for case in RUN if case.name == "everything")
+    for offset in (1, 4):
+        inputs = case.inputs(length=40, b=2, d=20, n=16)
+        for key in ("x", "dt", "z", "B", "C"):
+            wide = torch.full((*inputs[key].shape[:-1], 2 * inputs[key].shape[-1] + 4), torch.nan)
+            part = wide[..., offset : offset + inputs[key].shape[-1]]
+            inputs[key] = part.copy_(inputs[key])
+        check(ops.selective_scan, inputs, "emulated")
