@@ -19,6 +19,7 @@ from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
 
 KEEP_EVERY = 32  # positions from one kept state to the next, as in selective_scan.cuh
+FURTHEST = 2**24  # numbers between neighbouring positions: the kernels take up to 64 of them with offsets of 32 bits
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -102,8 +103,8 @@ def why_not_these(call) -> str | None:
         return "x has length 1, and its kernels are for longer ones; Triton has one for a single position"
     if B.ndim == 4 and (x.shape[2] // B.shape[2]) % 64 and B.shape[2] > 1:
         return f"a group has {x.shape[2] // B.shape[2]} channels, and its kernels take them by 64"
-    if any(t.stride(1) > 2**25 for t in (x, call["dt"], B, call["C"])):
-        return "neighbouring positions lie more than 2^25 numbers apart in memory"
+    if any(t is not None and t.stride(1) > FURTHEST for t in (x, call["dt"], call["z"], B, call["C"])):
+        return "neighbouring positions lie more than 2^24 numbers apart in memory"
     if B.dtype != call["C"].dtype:
         return "B and C have different dtypes"
     for name in ("B", "C"):
@@ -130,6 +131,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
 
 
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
+    dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     call = Launches(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dy)
     b, l, d = x.shape
     n, N = A.shape[1], call.N
