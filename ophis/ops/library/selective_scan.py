@@ -120,6 +120,8 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
 
     def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
         B, C = (t[:, :, None] if t.ndim == 3 else t for t in (B, C))
+        if cu_seqlens is not None:  # a kernel reads them where it runs
+            cu_seqlens = cu_seqlens.to(x.device).contiguous()
         A, D, dt_bias, initial_state = (None if t is None else t.float() for t in (A, D, dt_bias, initial_state))
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         keep = recorded(*tensors)
