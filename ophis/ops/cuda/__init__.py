@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at run time by NVRTC, for NVIDIA GPUs, where it is faster than what Triton makes.
+"""CUDA C++ compiled at run time by NVRTC, for the GPUs that it was measured on: the H100 and H200.
 
 No toolkit and no build step: NVRTC and the driver are reached through the package cuda-bindings, which PyTorch for
 CUDA 13 brings along. Compiled kernels are kept on disk (`runtime.py`).

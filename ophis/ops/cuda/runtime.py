@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,7 +10,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,24 @@ class Kernel:
         )
 
 
-def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+def why_not_on(device: torch.device) -> str | None:
+    """The kernels take up to 137 KB of shared memory a block, which most GPUs lack, and were measured on an H200."""
+    capability = _capability(device)
+    if capability == (9, 0):
+        return None
+    return f"{device} has compute capability {capability[0]}.{capability[1]}, and its kernels are for 9.0 (H100, H200)"
+
+
+# Run, not traced, by torch.compile: see `_load_backends` in ophis/ops/_op.py.
+why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels are launched on the current device, which need not be x's."""
     return torch.cuda.device(x.device)
 
@@ -65,18 +82,17 @@ def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
 @functools.cache
 def load(file: str, macros: Macros, device: torch.device) -> driver.CUmodule:
     """A file of this folder, compiled with these macros for this device, which must be the current one."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device")
     options += tuple(f"-D{name}={value}" for name, value in macros)
     text, headers = _sources(file)
     version = _ok(nvrtc.nvrtcVersion(), 2)
     key = hashlib.sha256(repr((version, options, text, headers)).encode()).hexdigest()[:32]
     path = cache_folder() / f"{Path(file).stem}-{key}.cubin"
-    try:
-        binary = path.read_bytes()
-    except OSError:
-        binary = _compile(file, text, headers, options)
-        _keep(path, binary)
+    with contextlib.suppress(OSError, RuntimeError):  # no such file, or a damaged one, which is made anew
+        return _ok(driver.cuModuleLoadData(path.read_bytes()))
+    binary = _compile(file, text, headers, options)
+    _keep(path, binary)
     return _ok(driver.cuModuleLoadData(binary))
 
 
@@ -113,6 +129,8 @@ def _keep(path: Path, binary: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(binary)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(file.name, path)
     except OSError:
         pass

@@ -91,7 +91,9 @@ def padded(n: int) -> int:
 
 def why_not(call) -> str | None:
     x = call["x"]
-    return why_not_these(call) if x.is_cuda else f"x is on {x.device.type}, not on an NVIDIA GPU"
+    if not x.is_cuda:
+        return f"x is on {x.device.type}, not on an NVIDIA GPU"
+    return runtime.why_not_on(x.device) or why_not_these(call)
 
 
 def why_not_these(call) -> str | None:
