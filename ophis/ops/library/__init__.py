@@ -51,3 +51,15 @@ def apart(tensors: Sequence[Tensor | None]) -> list[Any]:
     the backward pass of B.
     """
     return [None if t is None else t.view_as(t) for t in tensors]
+
+
+def differentiable_gradients(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of function(*inputs), times `weights`, by those inputs that want one, with a graph of their own."""
+    inputs = apart(inputs)
+    pairs = [(y, w) for y, w in zip(function(*inputs), weights, strict=True) if w is not None]
+    outputs, grads_of = zip(*pairs, strict=True)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads_of, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

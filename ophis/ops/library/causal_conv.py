@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ophis.ops.causal_conv import causal_conv, check_activation
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import apart, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
 
 
 class Kernels(NamedTuple):
@@ -85,7 +85,13 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         x = inputs[0]
         dy = x.new_zeros(1).expand(x.shape) if dy is None else dy
         if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
-            found = _differentiable_backward(dy, d_final, inputs, cu_seqlens, ctx.silu)
+
+            def reference(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+                call = dict(zip(("x", "weight", "bias", "initial_state"), tensors, strict=True))
+                activation = "silu" if ctx.silu else None
+                return causal_conv.run_reference(**call, cu_seqlens=cu_seqlens, activation=activation)
+
+            found = differentiable_gradients(reference, inputs, (dy, d_final))
         else:
             run: Callable[..., Any] = backward_op if traced(dy) else backward
             grads = run(dy, d_final, *inputs, cu_seqlens, ctx.silu)
@@ -124,14 +130,3 @@ def step_op(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return (made if traced(x) else kernel)(x, state, weight, bias, activation is not None)
 
     return step
-
-
-def _differentiable_backward(dy, d_final, inputs, cu_seqlens, silu) -> list[Tensor | None]:
-    inputs = apart(inputs)
-    call = dict(zip(("x", "weight", "bias", "initial_state"), inputs, strict=True))
-    activation = "silu" if silu else None
-    y, final = causal_conv.run_reference(**call, cu_seqlens=cu_seqlens, activation=activation)
-    outputs, weights = ([y], [dy]) if d_final is None else ([y, final], [dy, d_final])
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True, allow_unused=True))
-    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ophis.ops.library import apart, function_of, recorded, traced
+from ophis.ops.library import apart, differentiable_gradients, function_of, recorded, traced
 from ophis.ops.norm import check_groups, gated_rms_norm, rms_norm
 
 
@@ -139,11 +139,11 @@ def gated_op(name: str, kernels: Kernels) -> Callable[..., Tensor]:
         inputs = ctx.saved_tensors
         options = dict(eps=ctx.eps, groups=ctx.groups, norm_before_gate=ctx.norm_before_gate)
         if torch.is_grad_enabled():  # create_graph=True
-            inputs = apart(inputs)
-            y = gated_rms_norm.run_reference(**dict(zip(("x", "z", "weight"), inputs, strict=True)), **options)
-            wanted = [t for t in inputs if t.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            grads = [next(found) if t.requires_grad else None for t in inputs]
+
+            def reference(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor]:
+                return (gated_rms_norm.run_reference(x=x, z=z, weight=weight, **options),)
+
+            grads = differentiable_gradients(reference, inputs, (dy,))
         else:
             run: Callable[..., Any] = backward_op if traced(dy) else backward
             grads = run(dy, *inputs, *options.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import apart, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
 from ophis.ops.selective_scan import selective_scan
 
 Tensors = tuple[Tensor, ...]
@@ -108,7 +108,12 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         *inputs, cu_seqlens, kept = ctx.saved_tensors
         dy = inputs[0].new_zeros(inputs[0].shape) if dy is None else dy
         if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
-            found = _differentiable_backward(dy, d_final, inputs, cu_seqlens, ctx.dt_softplus)
+
+            def reference(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+                call = dict(zip(DIFFERENTIABLE, tensors, strict=True))
+                return selective_scan.run_reference(**call, cu_seqlens=cu_seqlens, dt_softplus=ctx.dt_softplus)
+
+            found = differentiable_gradients(reference, inputs, (dy, d_final))
         else:
             run: Callable[..., Any] = backward_op if traced(dy) else backward
             grads = run(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept)
@@ -161,13 +166,3 @@ def step_op(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return run(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus)
 
     return step
-
-
-def _differentiable_backward(dy, d_final, inputs, cu_seqlens, dt_softplus) -> list[Tensor | None]:
-    inputs = apart(inputs)
-    call = dict(zip(DIFFERENTIABLE, inputs, strict=True))
-    y, final = selective_scan.run_reference(**call, cu_seqlens=cu_seqlens, dt_softplus=dt_softplus)
-    outputs, weights = ([y], [dy]) if d_final is None else ([y, final], [dy, d_final])
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True))
-    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ophis.ops.library import apart, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
 from ophis.ops.selective_scan import finish, readout, selective_scan, state_dtype
 from ophis.ops.step_size import step_size
 
@@ -194,12 +194,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, d_final, _):
     x, dt, A, B, C, initial_state, cu_seqlens, kept = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
-        x, dt, A, B, C, initial_state = apart((x, dt, A, B, C, initial_state))
-        call = dict(x=x, dt=dt, A=A, B=B, C=C, initial_state=initial_state, cu_seqlens=cu_seqlens)
-        inputs = [t for t in (x, dt, A, B, C, initial_state) if t.requires_grad]
-        outputs = selective_scan.run_reference(**call)  # past the checks: here B and C may differ in g
-        grads = iter(torch.autograd.grad(outputs, inputs, (dy, d_final), create_graph=True))
-        return (*(next(grads) if t.requires_grad else None for t in (x, dt, A, B, C, initial_state)), None)
+        names = ("x", "dt", "A", "B", "C", "initial_state")
+
+        def reference(*tensors):  # past the checks: here B and C may differ in g
+            return selective_scan.run_reference(**dict(zip(names, tensors, strict=True)), cu_seqlens=cu_seqlens)
+
+        return (*differentiable_gradients(reference, (x, dt, A, B, C, initial_state), (dy, d_final)), None)
     run = scan_backward_op if traced(dy) else scan_backward
     return (*run(dy, d_final, x, dt, A, B, C, kept, initial_state, cu_seqlens), None)
 
