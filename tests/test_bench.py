@@ -69,9 +69,9 @@ def test_every_operator_runs(op: str):
     assert len(found) == 2 * len(shapes.shapes_of(op, quick=True))  # forward, forward + backward
 
 
-@pytest.mark.parametrize("op", STEPS)
+@pytest.mark.parametrize("op", [op for op in STEPS if op in shapes.SHAPES])
 def test_steps_run_and_are_checked(op: str, monkeypatch):
-    """No backend of theirs is for CPUs: the reference plays one, and one that leaves the state as it was another."""
+    """The reference plays a backend, and one that leaves the state as it was another."""
     register(monkeypatch, op, "right", OPS[op].reference)
     register(monkeypatch, op, "idle", lambda state, **call: OPS[op].reference(state=state.clone(), **call))
     found = list(ops.run(op, CPU, quick=True, backends=["right", "idle"]))

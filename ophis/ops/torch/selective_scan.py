@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ophis.ops.in_place import check_in_place
 from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
-from ophis.ops.selective_scan import finish, readout, selective_scan, state_dtype
+from ophis.ops.selective_scan import finish, readout, selective_scan, selective_scan_step, state_dtype
 from ophis.ops.step_size import step_size
 
 CHUNK = 32  # positions; one state is kept for each chunk
@@ -46,6 +47,29 @@ def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlen
         run = scan_op if traced(u) else scan_function if wanted else scan_forward
         y, state, _ = run(u, dt, A, B, C, initial_state, cu_seqlens)
     return finish(y, u, D, z).to(x.dtype), state
+
+
+def why_not_in_place(call):
+    return "A, B, C or the state is complex" if any(call[k].is_complex() for k in ("A", "B", "C", "state")) else None
+
+
+@selective_scan_step.register("torch", why_not_in_place)
+def step_in_place(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus):
+    check_in_place("selective_scan_step", state, x, dt, A, B, C, D, z, dt_bias)
+    after = state.to(state_dtype(x, A, B, state))  # the state itself where it is as wide
+    u, dt = x.to(after.dtype), step_size(dt.to(after.dtype), dt_bias, dt_softplus)
+    B, C = B.to(after.dtype)[..., None, :], C.to(after.dtype)[..., None]
+    after.mul_((dt[..., None] * A).exp_())
+    by_group(after, B).addcmul_(by_group((dt * u)[..., None], B), B)
+    y = (by_group(after, C) @ C).view(x.shape)
+    if after is not state:
+        state.copy_(after)
+    return finish(y, u, D, z).to(x.dtype)
+
+
+def by_group(t: Tensor, B: Tensor) -> Tensor:
+    """t (b, d, ...) beside a B of one position: as it is, or (b, g, d/g, ...) where B has groups, (b, g, ..., ...)."""
+    return t if B.ndim == 3 else t.unflatten(1, (B.shape[1], -1))
 
 
 def grouped(B: Tensor, x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ophis.ops.selective_scan import finish
-from ophis.ops.ssd import per_head, ssd
+from ophis.ops.in_place import check_in_place
+from ophis.ops.selective_scan import finish, state_dtype
+from ophis.ops.ssd import per_head, ssd, ssd_step
 from ophis.ops.step_size import step_size
 from ophis.ops.torch.packing import sequence_of
 
@@ -27,6 +28,22 @@ def chunked(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, initial_sta
     run = step if x.shape[1] == 1 and cu_seqlens is None else chunks
     y, state = run(u, dt, A, B, C, initial_state.to(wide), cu_seqlens)
     return finish(y, u, per_head(D), z).to(x.dtype), state
+
+
+@ssd_step.register("torch")
+def step_in_place(x, dt, A, B, C, state, *, D, z, dt_bias, dt_softplus, dt_limit):
+    """In the state's own memory: a new state each time, 0.8 MB of 24 x 64 x 128, takes 1.5 times as long."""
+    check_in_place("ssd_step", state, x, dt, A, B, C, D, z, dt_bias)
+    after = state.to(state_dtype(x, state))  # the state itself where it is as wide
+    u, dt = x.to(after.dtype), step_size(dt.to(after.dtype), dt_bias, dt_softplus, dt_limit)
+    B, C = B.to(after.dtype)[:, :, None, None], C.to(after.dtype)[..., None]
+    h = after.unflatten(1, (B.shape[1], -1))  # b g r p n
+    h.mul_(torch.exp(dt * A).view(*h.shape[:3], 1, 1))
+    h.addcmul_((dt[..., None] * u).view(*h.shape[:4], 1), B)
+    y = (h.flatten(2, 3) @ C).view(x.shape)
+    if after is not state:
+        state.copy_(after)
+    return finish(y, u, per_head(D), z).to(x.dtype)
 
 
 def step(
