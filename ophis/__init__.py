@@ -3,6 +3,7 @@
 ophis.ops        operators on tensors               (needs torch)
 ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
 ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
+ophis.accelerate_transformers                       transformers' own Mamba family on ophis.ops
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _NAMES = {
     "ModelState": "ophis.models",
     "load": "ophis.models",
     "preset": "ophis.models",
+    "accelerate_transformers": "ophis.integrations.transformers",
 }
 
 if TYPE_CHECKING:
     from ophis import layers, models, ops
+    from ophis.integrations.transformers import accelerate_transformers
     from ophis.models import LanguageModel, LanguageModelConfig, ModelState, load, preset
     from ophis.ops import use_backend
 
@@ -34,6 +37,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "accelerate_transformers",
     "layers",
     "load",
     "models",

@@ -25,8 +25,9 @@ ALLOWED = {
         {"ops", "layers", "models", "generation", "files"},
         {"transformers", "tokenizers", "accelerate", "rich"},
     ),
+    "integrations": ({"ops"}, {"transformers"}),
     "testing": ({"ops"}, set()),
-    "bench": ({"ops", "layers", "models", "testing", "files"}, {"transformers", "matplotlib"}),
+    "bench": ({"ops", "layers", "models", "integrations", "testing", "files"}, {"transformers", "matplotlib"}),
     "cli": (
         {"ops", "layers", "models", "generation", "training", "testing", "bench", "files"},
         {"transformers", "rich"},

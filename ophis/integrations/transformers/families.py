@@ -1,0 +1,79 @@
+"""Which of transformers' models are of the Mamba family, and what of each is replaced by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ophis.integrations.transformers import functions, mixers
+from ophis.integrations.transformers.mixers import standing_in
+
+MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update",
+         "mamba_inner_fn")  # fmt: skip
+MAMBA2 = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update",
+          "mamba2_split_conv1d_scan_combined")  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """Mixers that compute the same way."""
+
+    functions: tuple[str, ...]  # that they may call, by name, in their model's module
+    forward: Callable[[Callable[..., Any]], Callable[..., Any]]  # what stands in for theirs, given it
+    known: frozenset[str]  # fingerprints of those that it was written against
+
+
+class Family(NamedTuple):
+    """A model of transformers, in transformers.models.NAME.modeling_NAME."""
+
+    name: str
+    kind: Kind
+    mixer: str  # names of its classes
+    stack: str
+    known: frozenset[str]  # fingerprints of the stack's `forward`, to which packed sequences are explained
+    # Classes whose `forward` may drop keyword arguments that are meant for the mixer, and the call in which it does.
+    drops: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.name}.modeling_{self.name}"
+
+    def function(self, name: str, mixer_is_ours: bool) -> Callable[..., Any]:
+        if name == "causal_conv1d_fn" and self.kind.functions == MAMBA and not mixer_is_ours:
+            return functions.causal_conv1d_fn_of_mamba
+        return getattr(functions, name)
+
+
+def _known(fingerprints: str) -> frozenset[str]:
+    return frozenset(fingerprints.split())
+
+
+def _mamba(known: str) -> Kind:
+    return Kind(MAMBA, standing_in(mixers.mamba, "conv1d", "dt_proj"), _known(known))
+
+
+def _way_down(model: str) -> tuple[tuple[str, str], ...]:
+    """In the models without attention, from the language model to its mixers."""
+    return (f"{model}ForCausalLM", "self.backbone"), (f"{model}Model", "mixer_block"), (f"{model}Block", "self.mixer")
+
+
+# The fingerprints are of transformers 5.15 to 5.23; of two, the second is from 5.21 on unless another is named.
+ZAMBA = Kind(MAMBA, standing_in(mixers.zamba, "conv1d"), _known("cfb1a60d e1158795 fef1ff30"))  # the second: 5.18
+SSD = Kind(MAMBA2, standing_in(mixers.mamba2, "conv1d"), _known("0a285e56 d834519f"))
+FALCON_H1 = Kind(MAMBA2, standing_in(mixers.falcon_h1, "conv1d"), _known("db31fbec b639e2cc"))
+JAMBA_DROPS = (("JambaMambaDecoderLayer", "self.mamba"),)
+FALCON_H1_DROPS = (("FalconH1Model", "decoder_layer"),)
+
+FAMILIES = (
+    Family("mamba", _mamba("09b66b9f 2235e4ff"), "MambaMixer", "MambaModel", _known("e9fd0475"), _way_down("Mamba")),
+    Family("falcon_mamba", _mamba("ef4cde3e 4ea4bb4b"), "FalconMambaMixer", "FalconMambaModel", _known("5ae039cd"),
+           _way_down("FalconMamba")),
+    Family("jamba", _mamba("c55600ac 707d47e8"), "JambaMambaMixer", "JambaModel", _known("d9d012e2"), JAMBA_DROPS),
+    Family("zamba", ZAMBA, "ZambaMambaMixer", "ZambaModel", _known("fe8c12aa")),
+    Family("mamba2", SSD, "Mamba2Mixer", "Mamba2Model", _known("5378b0ca 77fc5caa"), _way_down("Mamba2")),  # 5.17
+    Family("bamba", SSD, "BambaMixer", "BambaModel", _known("48d4c7d1")),
+    Family("zamba2", SSD, "Zamba2MambaMixer", "Zamba2Model", _known("433bfeaa")),
+    Family("falcon_h1", FALCON_H1, "FalconH1Mixer", "FalconH1Model", _known("b32f9e6c 1b97db35"),  # 5.17
+           FALCON_H1_DROPS),
+    Family("nemotron_h", SSD, "NemotronHMamba2Mixer", "NemotronHModel", _known("3a61662e 627dbdcf")),  # 5.19
+    Family("granitemoehybrid", SSD, "GraniteMoeHybridMambaLayer", "GraniteMoeHybridModel", _known("822f3a1f")),
+)  # fmt: skip
