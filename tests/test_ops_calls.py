@@ -156,6 +156,13 @@ def test_python_names_the_argument_that_is_missing_or_unknown():
         ops.ssd(**inputs)
 
 
+@pytest.mark.parametrize("first", ["rms_norm", "gated_rms_norm"])
+def test_backends_are_in_order_whichever_op_of_a_file_is_called_first(first: str):
+    code = f"from ophis.ops import OPS; OPS['{first}'].backends; print(*(b.name for b in OPS['rms_norm'].backends))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["triton", "torch", "reference"]
+
+
 def test_unknown_backend():
     inputs = first("ssd")
     names = ", ".join(b.name for b in ops.ssd.backends)

@@ -108,6 +108,9 @@ class Op(Generic[P, R]):
                 importlib.import_module(module)
             else:  # its compiler may be missing, or cost a second to import in vain
                 self._backends[folder] = Backend(folder, self.reference, lambda call, reason=reason: reason)
+        # A module registers all its ops, so the first of them to be loaded brings backends to the others, out of turn.
+        turns = {name: turn for turn, name in enumerate(FOLDERS)}
+        self._backends = dict(sorted(self._backends.items(), key=lambda item: turns.get(item[0], -1)))
         self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
         self._loaded = True
 
