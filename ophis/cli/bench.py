@@ -2,6 +2,7 @@
 
 ophis bench selective_scan causal_conv    every backend that runs here, over the shapes of models
 ophis bench                               the language models, beside transformers'
+ophis bench --accelerated                 transformers' models after ophis.accelerate_transformers(), beside before
 
 Each row is printed as it comes and written to a CSV with the machine, the versions and the commit. An operator's
 backend is checked before it is timed, and left out where it is wrong (the exit code is then 1). Beside it stand the
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORK",
         help="'forward', 'training step', 'first token' or 'decoding, per token'; all if not given",
     )
+    models.add_argument(
+        "--accelerated",
+        action="store_true",
+        help="transformers' own models with ophis.accelerate_transformers(), in place of ophis'",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,14 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     if out.is_file() or out.suffix == ".csv":
         raise UserError(f"--out is {out}, expected a folder")
     of_operators = [f"--{name}" for name in ("backend", "device", "against", "quick") if getattr(arguments, name)]
-    of_models = [f"--{name}" for name in ("model", "work") if getattr(arguments, name)]
+    of_models = [f"--{name}" for name in ("model", "work", "accelerated") if getattr(arguments, name)]
     if arguments.operators and of_models:
         raise UserError(f"{of_models[0]} is for the language models, which are measured where no operator is named")
     if of_operators and not arguments.operators:
         raise UserError(f"{of_operators[0]} is for operators, and none is named")
     if arguments.operators:
         return _run_operators(arguments, out)
-    return _run_language_models(arguments, out / "language_models_cpu.csv")
+    return _run_language_models(arguments, out)
 
 
 def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
@@ -123,7 +129,7 @@ def _line(row: dict[str, Any]) -> str:
     return text
 
 
-def _run_language_models(arguments: argparse.Namespace, table: Path) -> int:
+def _run_language_models(arguments: argparse.Namespace, out: Path) -> int:
     from ophis.bench import language_models
     from ophis.bench.provenance import write_csv
     from ophis.cli.errors import UserError
@@ -134,14 +140,17 @@ def _run_language_models(arguments: argparse.Namespace, table: Path) -> int:
                 raise UserError(f"no {name!r} to measure; there are {', '.join(map(repr, known))}")
     models = tuple(arguments.model or language_models.MODELS)
     works = tuple(arguments.work or language_models.WORKS)
+    side, table = "ophis", out / "language_models_cpu.csv"
+    if arguments.accelerated:
+        side, table = "accelerated", out / "accelerated_transformers_cpu.csv"
     print(f"{len(models) * len(works)} measurements on {language_models.THREADS} threads, float32, batch 1", flush=True)
-    print(f"{'model':12} {'work':22} {'ophis':>9} {'transformers':>13} {'times faster':>13}   peak MiB", flush=True)
+    print(f"{'model':12} {'work':22} {side:>11} {'transformers':>13} {'times faster':>13}   peak MiB", flush=True)
     rows = []
-    for row in language_models.run(models, works):
+    for row in language_models.run(models, works, side):
         rows.append(row)
         print(
-            f"{row['model']:12} {row['work']:22} {row['ophis_s']:>8}s {row['transformers_s']:>12}s "
-            f"{row['times_faster']:>13}   {row['ophis_peak_mib']} / {row['transformers_peak_mib']}",
+            f"{row['model']:12} {row['work']:22} {row[f'{side}_s']:>10}s {row['transformers_s']:>12}s "
+            f"{row['times_faster']:>13}   {row[f'{side}_peak_mib']} / {row['transformers_peak_mib']}",
             flush=True,
         )
         write_csv(table, rows)

@@ -197,7 +197,7 @@ def _table(models: tuple[Outcome, ...]) -> str:
     for model, functions, methods, left in models:
         what = f"{len(functions)} functions" if functions else "left alone"
         if methods:
-            what += f", forward of {', '.join(name.removesuffix('.forward') for name in methods)}"
+            what += f"; forward of {', '.join(name.removesuffix('.forward') for name in methods)}"
         lines.append(f"  {model:{width}}  {what}")
         lines += [f"  {'':{width}}  ! {reason}" for reason in left]
     return "\n".join(lines)

@@ -8,6 +8,8 @@ b batch  l length  d channels  n state size  h heads  p head width  g groups  w 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
@@ -49,7 +51,8 @@ def mamba_selective_scan(
     hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
     use_mambapy=False, use_associative_scan=False, **kwargs,
 ):  # fmt: skip
-    x, dt, B, C, z = (None if t is None else t.transpose(1, 2) for t in (hidden_states, dt, B, C, z))
+    x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
+    z = None if z is None else z.transpose(1, 2)
     y, state = ops.selective_scan(x, dt, A, B, C, D=D, z=z, dt_bias=delta_bias, dt_softplus=delta_softplus)
     y = y.transpose(1, 2)
     return (y, state) if return_last_state else y
@@ -58,10 +61,11 @@ def mamba_selective_scan(
 def mamba_selective_state_update(
     state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
 ):
-    options = dict(D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    options: Any = dict(D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)
     if not torch.is_grad_enabled():
         return ops.selective_scan_step(hidden_states, dt, A, B, C, state, z=z, **options)
-    x, dt, B, C, z = (None if t is None else t[:, None] for t in (hidden_states, dt, B, C, z))
+    x, dt, B, C = (t[:, None] for t in (hidden_states, dt, B, C))
+    z = None if z is None else z[:, None]
     y, after = ops.selective_scan(x, dt, A, B, C, z=z, initial_state=state.clone(), **options)
     state.copy_(after)
     return y[:, 0]
@@ -81,9 +85,12 @@ def mamba2_chunk_scan(
     dt_limit=UNLIMITED, return_final_states=False, **kwargs,
 ):  # fmt: skip
     x, z, offsets = hidden_states, kwargs.get("z"), None
+    if initial_states is not None and torch.is_grad_enabled():
+        initial_states = initial_states.clone()  # a cache's, which changes before the backward pass reads it
     sequences = Sequences.of(x, None, kwargs.get("seq_idx"))
     if sequences is not None:
-        x, dt, B, C, z = (None if t is None else sequences.pack(t) for t in (x, dt, B, C, z))
+        x, dt, B, C = (sequences.pack(t) for t in (x, dt, B, C))
+        z = None if z is None else sequences.pack(z)
         initial_states, offsets = sequences.begin(initial_states), sequences.cu_seqlens
     y, states = ops.ssd(
         x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
@@ -91,6 +98,7 @@ def mamba2_chunk_scan(
     )  # fmt: skip
     if sequences is not None:
         y, states = sequences.unpack(y), sequences.end(states)
+    y = y.contiguous()  # Falcon-H1 takes a view of it
     return (y, states) if return_final_states else y
 
 
@@ -107,10 +115,11 @@ def mamba2_selective_state_update(
             state.view(b, h * p, n), x, dt, A.flatten(0, 1), B, C, D, dt_bias, dt_softplus, z
         )
         return y.unflatten(1, (h, p))
-    options = dict(D=D, dt_bias=bias, dt_softplus=dt_softplus)
+    options: Any = dict(D=D, dt_bias=bias, dt_softplus=dt_softplus)
     if not torch.is_grad_enabled():
         return ops.ssd_step(hidden_states, steps, rates, B, C, state, z=z, **options)
-    x, steps, B, C, z = (None if t is None else t[:, None] for t in (hidden_states, steps, B, C, z))
+    x, steps, B, C = (t[:, None] for t in (hidden_states, steps, B, C))
+    z = None if z is None else z[:, None]
     y, after = ops.ssd(x, steps, rates, B, C, z=z, initial_state=state.clone(), **options)
     state.copy_(after)
     return y[:, 0]

@@ -61,7 +61,8 @@ class States:
 
     def __init__(self, mixer: Any, cache: Any, x: Tensor, sequences: Sequences | None):
         self.cache, self.layer, self.sequences = cache, mixer.layer_idx, sequences
-        self.window = self.recurrent = None
+        self.window: Any = None
+        self.recurrent: Any = None
         self.records = self.in_place = False
         if cache is not None and cache.has_previous_state(self.layer):
             held = cache.layers[self.layer]
@@ -146,11 +147,11 @@ def scan(
     """The parameters are (d, ...), or (h, p, ...) as the state is then: (b, h, p, n)."""
     shape = A_log.shape
     A, n = -torch.exp(A_log.float().flatten(0, -2)), shape[-1]
-    options = dict(D=D.float().flatten(), dt_bias=None if bias is None else bias.float().flatten(), dt_softplus=True)
+    bias = None if bias is None else bias.float().flatten()
+    options: Any = dict(D=D.float().flatten(), dt_bias=bias, dt_softplus=True)
     if states.in_place:
-        state = states.begin(len(A), n)
-        y = ops.selective_scan_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, z=z[:, 0], **options)
-        return y[:, None]
+        state = states.recurrent.view(-1, len(A), n)
+        return ops.selective_scan_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, z=z[:, 0], **options)[:, None]
     y, state = ops.selective_scan(
         x, dt, A, B, C, z=z, initial_state=states.begin(len(A), n), cu_seqlens=states.cu_seqlens, **options
     )
@@ -178,7 +179,7 @@ def ssd(self: Any, projected: Tensor, states: States) -> Tensor:
     B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
     normed = getattr(self, "mamba_rms_norm", True)  # a choice in Falcon-H1
     A = -torch.exp(self.A_log.float())
-    options = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=tuple(self.time_step_limit))
+    options: Any = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=tuple(self.time_step_limit))
     if states.in_place:
         gate = None if normed else gate[:, 0]
         y = ops.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], states.recurrent, z=gate, **options)[:, None]

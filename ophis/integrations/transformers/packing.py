@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from ophis.integrations.transformers.sequences import checked
+
 
 def understanding_packing(original: Callable[..., Any]) -> Callable[..., Any]:
     """The `forward` of a stack of layers that takes any of `seq_idx`, `cu_seq_lens_q` and `position_ids` for packing.
@@ -73,7 +75,7 @@ def packed(model: Any, call: dict[str, Any], attends: bool) -> dict[str, Any]:
 def sequence_indices(call: dict[str, Any], b: int, l: int) -> Tensor | None:
     """(b, l) int32, the number of each position's sequence; None where nothing is packed."""
     if call.get("seq_idx") is not None:
-        return call["seq_idx"]
+        return checked(call["seq_idx"], b, l)
     offsets, positions, mask = (call.get(name) for name in ("cu_seq_lens_q", "position_ids", "attention_mask"))
     if offsets is not None:
         if b != 1:

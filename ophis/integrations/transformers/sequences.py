@@ -44,9 +44,7 @@ class Sequences(NamedTuple):
             return padded
         if padded is not None:
             raise ValueError("attention_mask has zeros beside seq_idx: padding among packed sequences; expected either")
-        if seq_idx.shape != (b, l):
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(b, l)}")
-        return packing_of(seq_idx, l)
+        return packing_of(checked(seq_idx, b, l), l)
 
     def pack(self, x: Tensor) -> Tensor:
         """(b, l, ...) -> (1, t, ...)."""
@@ -69,6 +67,12 @@ class Sequences(NamedTuple):
     def end(self, states: Tensor) -> Tensor:
         """The sequences' states (s, ...) as the rows' (b, ...)."""
         return states if self.last is None else states.index_select(0, self.last)
+
+
+def checked(seq_idx: Tensor, b: int, l: int) -> Tensor:
+    if seq_idx.shape != (b, l):
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(b, l)}")
+    return seq_idx
 
 
 class Remembered:
