@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ophis.integrations.transformers.families import FAMILIES, Family
-from ophis.integrations.transformers.fingerprint import UnfamiliarError, fingerprint
+from ophis.integrations.transformers.fingerprint import UnfamiliarError, fingerprint, wrappings
 from ophis.integrations.transformers.keywords import passing_on
 from ophis.integrations.transformers.packing import understanding_packing
 
@@ -160,8 +160,8 @@ def _methods(family: Family, module: Any) -> tuple[list[Replacement], list[str]]
     try:
         stack = _familiar(module, family.stack, family.known)
         forwards = {stack: stack.forward}
-        for name, callee in family.drops:
-            owner = getattr(module, name)
+        for name, callee in family.way:
+            owner = _theirs(module, name)
             forwards[owner] = passing_on(owner.forward, callee)
     except UnfamiliarError as error:
         return found, [f"{error}; packing stays as transformers has it"]
@@ -174,13 +174,22 @@ def _methods(family: Family, module: Any) -> tuple[list[Replacement], list[str]]
 
 def _familiar(module: Any, name: str, known: frozenset[str]) -> Any:
     """The module's class of that name, if its `forward` is one of those that we know."""
-    cls = getattr(module, name, None)
-    if cls is None:
-        raise UnfamiliarError(f"there is no {name}")
+    cls = _theirs(module, name)
     if (came := fingerprint(cls.forward)) not in known:
         raise UnfamiliarError(
             f"{name}.forward has changed (its fingerprint is {came}, expected {' or '.join(sorted(known))})"
         )
+    return cls
+
+
+def _theirs(module: Any, name: str) -> Any:
+    """The module's class of that name, if nobody has put a `forward` of their own into it."""
+    cls = getattr(module, name, None)
+    if cls is None:
+        raise UnfamiliarError(f"there is no {name}")
+    for function in wrappings(cls.forward):
+        if (home := function.__globals__["__name__"]).partition(".")[0] != "transformers":
+            raise UnfamiliarError(f"{name}.forward was replaced by {home}")
     return cls
 
 

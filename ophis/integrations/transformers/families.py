@@ -14,6 +14,9 @@ MAMBA2 = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamb
           "mamba2_split_conv1d_scan_combined")  # fmt: skip
 
 
+Way = tuple[tuple[str, str], ...]
+
+
 class Kind(NamedTuple):
     """Mixers that compute the same way."""
 
@@ -30,8 +33,8 @@ class Family(NamedTuple):
     mixer: str  # names of its classes
     stack: str
     known: frozenset[str]  # fingerprints of the stack's `forward`, to which packed sequences are explained
-    # Classes whose `forward` may drop keyword arguments that are meant for the mixer, and the call in which it does.
-    drops: tuple[tuple[str, str], ...] = ()
+    # How keyword arguments come from the language model to its mixers: classes, and what their `forward` calls.
+    way: Way
 
     @property
     def module(self) -> str:
@@ -51,29 +54,38 @@ def _mamba(known: str) -> Kind:
     return Kind(MAMBA, standing_in(mixers.mamba, "conv1d", "dt_proj"), _known(known))
 
 
-def _way_down(model: str) -> tuple[tuple[str, str], ...]:
-    """In the models without attention, from the language model to its mixers."""
-    return (f"{model}ForCausalLM", "self.backbone"), (f"{model}Model", "mixer_block"), (f"{model}Block", "self.mixer")
+def _way(model: str, *layers: tuple[str, str], base: str = "self.model", loop: str = "decoder_layer") -> Way:
+    return (f"{model}ForCausalLM", base), (f"{model}Model", loop), *((model + name, callee) for name, callee in layers)
+
+
+def _without_attention(model: str) -> Way:
+    return _way(model, ("Block", "self.mixer"), base="self.backbone", loop="mixer_block")
 
 
 # The fingerprints are of transformers 5.15 to 5.23; of two, the second is from 5.21 on unless another is named.
 ZAMBA = Kind(MAMBA, standing_in(mixers.zamba, "conv1d"), _known("cfb1a60d e1158795 fef1ff30"))  # the second: 5.18
 SSD = Kind(MAMBA2, standing_in(mixers.mamba2, "conv1d"), _known("0a285e56 d834519f"))
 FALCON_H1 = Kind(MAMBA2, standing_in(mixers.falcon_h1, "conv1d"), _known("db31fbec b639e2cc"))
-JAMBA_DROPS = (("JambaMambaDecoderLayer", "self.mamba"),)
-FALCON_H1_DROPS = (("FalconH1Model", "decoder_layer"),)
+LAYER = ("DecoderLayer", "self.mamba")
+SHARING = (("HybridLayer", "self.mamba_decoder"), ("MambaDecoderLayer", "self.mamba"))
 
 FAMILIES = (
-    Family("mamba", _mamba("09b66b9f 2235e4ff"), "MambaMixer", "MambaModel", _known("e9fd0475"), _way_down("Mamba")),
+    Family("mamba", _mamba("09b66b9f 2235e4ff"), "MambaMixer", "MambaModel", _known("e9fd0475"),
+           _without_attention("Mamba")),
     Family("falcon_mamba", _mamba("ef4cde3e 4ea4bb4b"), "FalconMambaMixer", "FalconMambaModel", _known("5ae039cd"),
-           _way_down("FalconMamba")),
-    Family("jamba", _mamba("c55600ac 707d47e8"), "JambaMambaMixer", "JambaModel", _known("d9d012e2"), JAMBA_DROPS),
-    Family("zamba", ZAMBA, "ZambaMambaMixer", "ZambaModel", _known("fe8c12aa")),
-    Family("mamba2", SSD, "Mamba2Mixer", "Mamba2Model", _known("5378b0ca 77fc5caa"), _way_down("Mamba2")),  # 5.17
-    Family("bamba", SSD, "BambaMixer", "BambaModel", _known("48d4c7d1")),
-    Family("zamba2", SSD, "Zamba2MambaMixer", "Zamba2Model", _known("433bfeaa")),
+           _without_attention("FalconMamba")),
+    Family("jamba", _mamba("c55600ac 707d47e8"), "JambaMambaMixer", "JambaModel", _known("d9d012e2"),
+           _way("Jamba", ("MambaDecoderLayer", "self.mamba"))),
+    Family("zamba", ZAMBA, "ZambaMambaMixer", "ZambaModel", _known("fe8c12aa"), _way("Zamba", *SHARING, loop="layer")),
+    Family("mamba2", SSD, "Mamba2Mixer", "Mamba2Model", _known("5378b0ca 77fc5caa"),  # 5.17
+           _without_attention("Mamba2")),
+    Family("bamba", SSD, "BambaMixer", "BambaModel", _known("48d4c7d1"), _way("Bamba", LAYER)),
+    Family("zamba2", SSD, "Zamba2MambaMixer", "Zamba2Model", _known("433bfeaa"),
+           _way("Zamba2", *SHARING, loop="layer")),
     Family("falcon_h1", FALCON_H1, "FalconH1Mixer", "FalconH1Model", _known("b32f9e6c 1b97db35"),  # 5.17
-           FALCON_H1_DROPS),
-    Family("nemotron_h", SSD, "NemotronHMamba2Mixer", "NemotronHModel", _known("3a61662e 627dbdcf")),  # 5.19
-    Family("granitemoehybrid", SSD, "GraniteMoeHybridMambaLayer", "GraniteMoeHybridModel", _known("822f3a1f")),
+           _way("FalconH1", LAYER)),
+    Family("nemotron_h", SSD, "NemotronHMamba2Mixer", "NemotronHModel", _known("3a61662e 627dbdcf"),  # 5.19
+           _way("NemotronH", ("Block", "self.mixer(cache_params)"), loop="mixer_block")),
+    Family("granitemoehybrid", SSD, "GraniteMoeHybridMambaLayer", "GraniteMoeHybridModel", _known("822f3a1f"),
+           _way("GraniteMoeHybrid", LAYER)),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # What does not run; and what only some versions of Python note.
@@ -27,13 +27,28 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 def definition_of(function: Callable[..., Any]) -> tuple[ast.FunctionDef, int]:
     """A function's syntax tree, and the line of its file where it begins. Raises as `fingerprint`."""
+    *_, innermost = wrappings(function)
     try:
-        lines, first = inspect.getsourcelines(inspect.unwrap(function))
+        lines, first = inspect.getsourcelines(innermost)
     except OSError:
         raise UnfamiliarError(f"the source of {function.__qualname__} is not installed") from None
     (definition,) = ast.parse(textwrap.dedent("".join(lines))).body
     assert isinstance(definition, ast.FunctionDef)
     return definition, first
+
+
+def wrappings(function: Any) -> Iterator[Any]:
+    """The function, and what it wraps, by its own word or as the one function that it closes over, down to the last."""
+    while True:
+        yield function
+        closed_over = [cell.cell_contents for cell in function.__closure__ or ()]
+        inner = list(filter(inspect.isfunction, closed_over))
+        if hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif "<locals>" in function.__qualname__ and len(inner) == 1:
+            function = inner[0]
+        else:
+            return
 
 
 def _described(node: object) -> str:

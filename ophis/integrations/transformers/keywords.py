@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from ophis.integrations.transformers.fingerprint import UnfamiliarError, definition_of
+from ophis.integrations.transformers.fingerprint import UnfamiliarError, definition_of, wrappings
 
 
 def passing_on(original: Callable[..., Any], callee: str) -> Callable[..., Any]:
-    """The function with `**kwargs` added to its call of `callee`, such as "self.mixer"; itself if it is there already.
+    """The function with `**kwargs` added to its call of `callee`; itself if they are passed on already.
 
     It is compiled from the installed source, line for line: nothing else about it changes. Raises `UnfamiliarError`
     unless there is exactly one such call in a function that takes `**kwargs`.
+
+    Args:
+        original: the function.
+        callee: as it is written there, such as "self.mixer", or "self.mixer(cache_params)" for the one of several calls
+            that is given this keyword.
     """
     definition, first = definition_of(original)
-    name = original.__qualname__
-    calls = [n for n in ast.walk(definition) if isinstance(n, ast.Call) and ast.unparse(n.func) == callee]
+    *_, function = wrappings(original)
+    name, _, keyword = callee.removesuffix(")").partition("(")
+    calls = [
+        node
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == name
+        and (not keyword or any(k.arg == keyword for k in node.keywords))
+    ]
     if len(calls) != 1:
-        raise UnfamiliarError(f"{name} calls {callee} {len(calls)} times, expected once")
-    function: Any = inspect.unwrap(original)
+        raise UnfamiliarError(f"{original.__qualname__} calls {callee} {len(calls)} times, expected once")
     if definition.args.kwarg is None or function.__code__.co_freevars:
-        raise UnfamiliarError(f"{name} takes no **kwargs, or needs more than its module to run")
+        raise UnfamiliarError(f"{original.__qualname__} takes no **kwargs, or needs more than its module to run")
     (call,) = calls
-    if any(keyword.arg is None for keyword in call.keywords):
+    if any(k.arg is None for k in call.keywords):
         return original
     call.keywords.append(ast.keyword(arg=None, value=ast.Name(definition.args.kwarg.arg, ast.Load())))
     # What it did to the original's docstring is copied below.

@@ -146,7 +146,7 @@ def scan(
 ) -> Tensor:
     """The parameters are (d, ...), or (h, p, ...) as the state is then: (b, h, p, n)."""
     shape = A_log.shape
-    A, n = -torch.exp(A_log.float().flatten(0, -2)), shape[-1]
+    A, n = rates(A_log).flatten(0, -2), shape[-1]
     bias = None if bias is None else bias.float().flatten()
     options: Any = dict(D=D.float().flatten(), dt_bias=bias, dt_softplus=True)
     if states.in_place:
@@ -157,6 +157,12 @@ def scan(
     )
     states.end(state, *shape)
     return y
+
+
+def rates(A_log: Tensor) -> Tensor:
+    """A, in float32. Decoding makes it anew for each token: in new memory twice, that would be a tenth of a mixer."""
+    A = torch.exp(A_log.float())
+    return -A if torch.is_grad_enabled() else A.neg_()
 
 
 def mamba2(self: Any, u: Tensor, states: States) -> Tensor:
@@ -178,7 +184,7 @@ def ssd(self: Any, projected: Tensor, states: States) -> Tensor:
     x, gate = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (x, z))
     B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
     normed = getattr(self, "mamba_rms_norm", True)  # a choice in Falcon-H1
-    A = -torch.exp(self.A_log.float())
+    A = rates(self.A_log)
     options: Any = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=tuple(self.time_step_limit))
     if states.in_place:
         gate = None if normed else gate[:, 0]
