@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from mamba_family import FAMILY, build, error, plainly, tokens
 import ophis
 from ophis.integrations.transformers import accelerate_transformers, functions
 from ophis.integrations.transformers import acceleration as acceleration_module
-from ophis.integrations.transformers.families import FAMILIES, MAMBA
+from ophis.integrations.transformers.families import FAMILIES, MAMBA, MAMBA2
 from ophis.integrations.transformers.fingerprint import UnfamiliarError, fingerprint
 from ophis.integrations.transformers.keywords import passing_on
 
@@ -346,6 +347,30 @@ def test_keywords_are_passed_on_and_nothing_else_changes():
                             (Example.takes_none, "takes no \\*\\*kwargs")):  # fmt: skip
         with pytest.raises(UnfamiliarError, match=message):
             passing_on(method, "self.inner")
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "transformers.md"
+
+
+def test_the_page_runs_as_printed():
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    try:
+        for index, block in enumerate(blocks):
+            exec(compile(block, f"transformers.md, block {index}", "exec"), namespace)
+    finally:
+        while acceleration_module._holders:
+            acceleration_module._release()
+
+
+def test_the_page_names_what_is_replaced():
+    rows = re.findall(
+        r"^\| (`.*`) \| (`.*`), and `forward` of the mixer \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    printed = [[re.findall(r"`(\w+)`", cell) for cell in row] for row in rows]
+    of = {kind: [f.name for f in FAMILIES if f.kind.functions == kind] for kind in (MAMBA, MAMBA2)}
+    assert printed == [[models, list(kind)] for kind, models in of.items()]
 
 
 def test_families_are_those_of_the_tests():

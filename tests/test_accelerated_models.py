@@ -6,10 +6,12 @@ The oracle is transformers itself without the ops, in what it gets right: the fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mamba_family import (
     FAMILY,
     assert_same_gradients,
@@ -22,7 +24,7 @@ from mamba_family import (
     plainly,
     tokens,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ophis.integrations.transformers import accelerate_transformers, acceleration
 from ophis.integrations.transformers.families import FAMILIES
@@ -88,14 +90,14 @@ def generate(model, ids: Tensor, mask: Tensor, **options) -> Tensor:
     return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8, min_new_tokens=8, **options)
 
 
-def test_generated_text(model, accelerate):
+def test_generated_text(model):
     """Greedy and by beams, from a batch padded on the left."""
     ids = tokens(3, 12)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 4, 7)):
         ids[row, :padding] = mask[row, :padding] = 0
     expected = [generate(model, ids, mask, num_beams=beams) for beams in (1, 3)]
-    with accelerate():
+    with accelerate_transformers():
         for beams, text in zip((1, 3), expected, strict=True):
             assert torch.equal(generate(model, ids, mask, num_beams=beams), text)
         alone = generate(model, ids[1:2, 4:], mask[1:2, 4:])
@@ -132,6 +134,45 @@ def test_gradient_checkpointing(model, accelerate):
             assert_same_gradients(gradients(model, input_ids=ids, labels=ids), expected)
     finally:
         model.gradient_checkpointing_disable()
+
+
+class Adapted(nn.Module):
+    """What stands where a linear layer stood, as PEFT's layers do: its weight and bias are there to be read."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.weight, self.bias = base.weight, base.bias
+        self.delta = nn.Parameter(0.1 * torch.randn_like(base.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(x, self.delta)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
+def test_an_adapter_on_the_step_projection(name: str):
+    """It counts, and gradients reach it: the same as with its weights added to the layer's."""
+    model, ids = build(name), tokens(1, 9)
+    merged = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "dt_proj"):
+            module.dt_proj = Adapted(module.dt_proj)
+    deltas = {name: p for name, p in model.named_parameters() if name.endswith("delta")}
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            merged.get_parameter(name.replace("delta", "weight")).add_(delta)
+    expected = plainly(merged, ids)
+    with accelerate_transformers():
+        logits = model(ids, use_cache=False).logits
+        assert error(logits.detach(), expected) < 1e-5
+        assert all(g.any() for g in torch.autograd.grad(logits.sum(), list(deltas.values())))
+        (last,) = model(ids[:, -1:], use_cache=True, **cached(model, prefix(model, ids[:, :-1]))).logits[:, 0]
+    assert error(last.detach(), expected[0, -1]) < 1e-5
+
+
+@torch.no_grad()
+def prefix(model, ids: Tensor):
+    return cache_of(model(ids, use_cache=True))
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])

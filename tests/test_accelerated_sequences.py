@@ -30,6 +30,7 @@ from mamba_family import (
 from torch import Tensor
 
 from ophis.integrations.transformers import accelerate_transformers
+from ophis.integrations.transformers import packing as packing_module
 from ophis.integrations.transformers.sequences import Sequences
 
 LENGTHS = (5, 1, 9, 4)  # of packed documents
@@ -309,6 +310,19 @@ def test_what_does_not_fit_is_refused(model):
                 model(ids, **cached(model, cache), **packed)
         with pytest.raises(TypeError, match="input_ids"):
             model.get_decoder()(ids, input_ids=ids)
+
+
+@pytest.mark.parametrize("form", ["seq_idx", "position_ids"])
+def test_flash_attention_is_told_the_offsets(form: str):
+    """It takes no mask. Its kernels need a GPU, so this looks at what they would be given."""
+    model = build("granitemoehybrid")
+    model.config._attn_implementation = "flash_attention_2"
+    call = packing_module.packed(model, dict(input_ids=torch.cat(documents(), 1), **packing(form)), attends=True)
+    expected = packing("cu_seq_lens")
+    for key, value in expected.items():
+        assert torch.equal(torch.as_tensor(call[key]), torch.as_tensor(value)), key
+    assert call["attention_mask"] == {"full_attention": None, "linear_attention": None}
+    assert torch.equal(call["position_ids"], packing("position_ids")["position_ids"])
 
 
 def test_a_mask_has_a_place_for_each_position():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ophis.bench import ops, peers, plots, shapes, timing
+from ophis.bench import language_models, ops, peers, plots, shapes, timing
 from ophis.cli import main
 from ophis.ops import OPS
 from ophis.ops._op import Backend
@@ -263,6 +263,36 @@ def test_peers_get_the_same_numbers_in_their_layout(monkeypatch):
                 assert float(row["peer_ms"]) == fastest
     assert [True] * 5 in layouts
     assert {(2048, 64, 1), (2048, 1, 32)} <= {layout for layout in layouts if isinstance(layout, tuple)}
+
+
+@pytest.mark.parametrize("side", ["ophis", "accelerated"])
+def test_language_models_take_turns(monkeypatch, capsys, side: str):
+    """Everything but the measuring: a model of 130M is not built here."""
+    turns = []
+
+    class Worker:
+        def __init__(self, side: str, name: str, work: str, length: int):
+            self.job = (side, name, work, length)
+
+        def measure(self) -> float:
+            turns.append(self.job[0])
+            return 0.5 if self.job[0] == "transformers" else 0.125
+
+        def close(self) -> float:
+            return 100.0
+
+    monkeypatch.setattr(language_models, "Worker", Worker)
+    options = ["--accelerated"] if side == "accelerated" else []
+    assert main(["bench", "--work", "training step", *options]) == 0
+    assert turns == [side, "transformers"] * 8  # one to warm up and three to count, of two models
+    name = "accelerated_transformers_cpu.csv" if side == "accelerated" else "language_models_cpu.csv"
+    rows = table(name)
+    assert [row["length"] for row in rows] == ["128" if side == "accelerated" else "512", "512"]
+    for row in rows:
+        assert (row[f"{side}_s"], row["transformers_s"], row["times_faster"]) == ("0.1250", "0.5000", "4.00")
+        assert (row[f"{side}_spread"], row[f"{side}_peak_mib"]) == ("0.1250-0.1250 of 3", "100")
+        assert row["torch"] == torch.__version__
+    assert f"written to {name}" in capsys.readouterr().out
 
 
 def test_plots_come_from_the_table_alone():

@@ -241,6 +241,7 @@ def test_bench_mistakes(capsys):
     error = error_of([*quick, "--model", "mamba-130m"], capsys)
     assert error == "--model is for the language models, which are measured where no operator is named"
     assert error_of([*quick, "--work", "forward"], capsys).startswith("--work is for the language models")
+    assert error_of([*quick, "--accelerated"], capsys).startswith("--accelerated is for the language models")
     assert error_of(["bench", "--quick"], capsys) == "--quick is for operators, and none is named"
     assert error_of(["bench", "--model", "mamba-130m", "--backend", "torch"], capsys).startswith("--backend is for")
     assert "no 'mamba-131m' to measure; there are 'mamba-130m', " in error_of(

@@ -13,7 +13,6 @@ MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "ma
 MAMBA2 = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update",
           "mamba2_split_conv1d_scan_combined")  # fmt: skip
 
-
 Way = tuple[tuple[str, str], ...]
 
 

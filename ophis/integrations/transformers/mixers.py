@@ -93,14 +93,14 @@ class States:
         """What the recurrence begins with, (b, *shape), or a row for each packed sequence."""
         if self.recurrent is None:
             return None
-        state = self.recurrent.view(-1, *shape)
+        state = self.recurrent.reshape(-1, *shape)
         return state if self.sequences is None else self.sequences.begin(state)
 
     def end(self, state: Tensor, *shape: int) -> None:
         """Keeps what the recurrence ended with as (b, *shape)."""
         if self.cache is not None:
             state = state if self.sequences is None else self.sequences.end(state)
-            self.cache.update_recurrent_state(state.view(-1, *shape), self.layer)
+            self.cache.update_recurrent_state(state.reshape(-1, *shape), self.layer)
 
     @property
     def cu_seqlens(self) -> Tensor | None:

@@ -60,6 +60,8 @@ def packed(model: Any, call: dict[str, Any], attends: bool) -> dict[str, Any]:
         )
     if call.get("position_ids") is None:
         call["position_ids"] = positions_of(seq_idx)
+    if "flash" in str(model.config._attn_implementation) and call.get("cu_seq_lens_q") is None and len(seq_idx) == 1:
+        call.update(offsets_of(call["position_ids"][0]))  # which needs no mask, and not every model tells it positions
     like = model.get_input_embeddings().weight
     causal = create_causal_mask(
         config=model.config,
@@ -90,6 +92,14 @@ def sequence_indices(call: dict[str, Any], b: int, l: int) -> Tensor | None:
         return None
     begins = F.pad(positions.diff(dim=1) != 1, (1, 0))
     return begins.cumsum(1).int().expand(b, l) if bool(begins.any()) else None
+
+
+def offsets_of(positions: Tensor) -> dict[str, Any]:
+    """Of the sequences in a row of positions (l,), as the kernels of flash attention take them."""
+    starts = F.pad(positions.diff() != 1, (1, 0), value=True).nonzero().squeeze(1)
+    offsets = F.pad(starts, (0, 1), value=len(positions)).int()
+    longest = int(offsets.diff().max())
+    return dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=longest, max_length_k=longest)
 
 
 def positions_of(seq_idx: Tensor) -> Tensor:
