@@ -62,7 +62,6 @@ def update2(per_head: bool, **more: Any) -> dict[str, Any]:
                 C=draw(B, G, N), **more)  # fmt: skip
 
 
-STATE = dict(return_last_state=True)
 CALLS: list[tuple[str, str, Any]] = [
     ("causal_conv1d_fn", "plain", lambda: dict(hidden_states=draw(B, D, LENGTH), weight=draw(D, W))),
     ("causal_conv1d_fn", "silu", lambda: dict(hidden_states=draw(B, D, LENGTH), weight=draw(D, W), bias=draw(D),
