@@ -40,6 +40,7 @@ extern "C" void launch_{name}(long blocks, int threads, long shared, const {stru
 """
 NAMES = {
     "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
+    "selective_scan_relay.cu": ("relay",),
     "selective_scan_backward.cu": ("backward", "gather"),
 }
 FOLDER = Path(tempfile.mkdtemp())
@@ -116,6 +117,15 @@ def test_segments(name: str, n: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selective_scan, "SHORTEST", 32)
     case = next(case for case in RUN if case.name == name)
     check(ops.selective_scan, case.inputs(length=150, b=1, d=20, n=n), "emulated")
+
+
+@pytest.mark.parametrize("name", ("everything", "packed"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("relay", [(2, 4, 1), (4, 4, 1), (16, 16, 1)], ids=str)
+def test_relays(name: str, dtype: torch.dtype, relay: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selective_scan, "relay_for", lambda x, size: selective_scan.Relay(*relay))
+    case = next(case for case in RUN if case.name == name)
+    check(ops.selective_scan, case.inputs(dtype=dtype, length=150, b=1, d=20, n=16), "emulated")
 
 
 @pytest.mark.parametrize("name", ("everything", "packed"))

@@ -53,6 +53,25 @@ class Shape(NamedTuple):
         return tuple(zip(names, self, strict=True))
 
 
+class Relay(NamedTuple):
+    """How selective_scan_relay.cu, the forward kernel for n = 16, is laid out: its macros."""
+
+    runners: int  # warps that share 16 channels and take turns at their positions
+    warps: int  # of a block
+    blocks: int  # that fit on a multiprocessor; registers are given out accordingly
+
+    @property
+    def macros(self) -> runtime.Macros:
+        return tuple(zip(("RUNNERS", "WARPS", "BLOCKS"), self, strict=True))
+
+    def shared(self, *, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, **_) -> int:
+        """Bytes of `Shared`."""
+        x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
+        coming = 2 * 32 * 4 * (x + dt + 2 * bc) + (2 * 32 * 4 * z if HAS_Z else 16)
+        baton = 2 * 32 * 16 if self.runners > 1 else 16
+        return self.warps * (coming + 8 * 8 * 16 + 8 * 4 * 16 + 8 * 20 * 4 + 2 * 4 * 16 + baton)
+
+
 # By the state size, rounded up.
 SHAPES = {
     8: Shape(4, 2, 2, 64, 128, 16, 1, 3),
@@ -78,6 +97,10 @@ def shape_for(x: Tensor, size: int) -> Shape:
     blocks, processors = b * -(-d // NARROW.channels), runtime.multiprocessors(x.device)
     narrow = size == 16 and l <= NARROW_LONGEST and processors / 2 <= blocks <= processors
     return NARROW if narrow else SHAPES[size]
+
+
+def relay_for(x: Tensor, size: int) -> Relay | None:
+    return Relay(1, 4, 4) if size == 16 else None
 
 
 def segments_for(x: Tensor, channels: int, wanted: int) -> int:
@@ -122,13 +145,16 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     final_state = A.new_empty(b if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
     if cu_seqlens is not None:  # what an empty sequence ends with
         final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
-    shape = shape_for(x, call.N)
-    call.split(1 if shape is NARROW else segments_for(x, shape.channels, FORWARD_BLOCKS))
+    shape, relay = shape_for(x, call.N), relay_for(x, call.N)
+    call.split(1 if shape is NARROW or relay else segments_for(x, shape.channels, FORWARD_BLOCKS))
     call.set(y=y, final_state=final_state, kept=kept)
     with runtime.on_device_of(x):
         if call.segments > 1:
             call.carry("states", "pass_states", shape)
-        call.launch("outputs", shape, keep)
+        if relay is None:
+            call.launch("outputs", shape, keep)
+        else:
+            call.launch_relay(relay, keep)
     return y, final_state, kept
 
 
@@ -235,6 +261,12 @@ class Launches:
             blocks = b * -(-d // shape.channels) * (self.segments if name == "outputs" else self.segments - 1)
         kernel(blocks, self.parameters(), runtime.stream())
 
+    def launch_relay(self, relay: Relay, keep: bool) -> None:
+        b, _, d = self.x.shape
+        kernel = _relay_kernel(relay, (*self.macros, ("KEEP", int(keep))), self.x.device)
+        teams = b * -(-d // 16) * self.segments
+        kernel(-(-teams * relay.runners // relay.warps), self.parameters(), runtime.stream())
+
     def launch_backward(self, dB: Tensor, dC: Tensor, d_bc: Tensor) -> None:
         b, l, d = self.x.shape
         stream = runtime.stream()
@@ -261,6 +293,12 @@ def _forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: tor
     if name.startswith("pass"):
         return runtime.Kernel(module, name, 256, 0)
     return runtime.Kernel(module, name, shape.keepers + shape.preparers, shape.shared)
+
+
+@functools.cache
+def _relay_kernel(relay: Relay, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
+    module = runtime.load("selective_scan_relay.cu", (*macros, *relay.macros), device)
+    return runtime.Kernel(module, "relay", 32 * relay.warps, relay.shared(**dict(macros)))
 
 
 @functools.cache
