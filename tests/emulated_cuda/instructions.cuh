@@ -80,6 +80,12 @@ inline void await_barrier(int barrier, int threads) {
   meet(barriers[barrier]);
 }
 
+inline void create_signal(unsigned long long* s) { *s = 0; }
+inline void signal(unsigned long long* s) { ++*s; }
+inline void await_signal(unsigned long long* s, int turn) {
+  while (int(*s & 1) == turn) give_way();
+}
+
 inline int of_warp(int v) { return v; }
 
 inline void begin() {

@@ -68,6 +68,23 @@ __device__ __forceinline__ void await_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// A signal in shared memory that one thread gives and others wait for, again and again: its turns are 0, 1, 0, 1 ...
+__device__ __forceinline__ void create_signal(unsigned long long* s) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"((unsigned)__cvta_generic_to_shared(s)) : "memory");
+}
+
+__device__ __forceinline__ void signal(unsigned long long* s) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"((unsigned)__cvta_generic_to_shared(s)) : "memory");
+}
+
+__device__ __forceinline__ void await_signal(unsigned long long* s, int turn) {
+  asm volatile(
+      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }" ::"r"(
+          (unsigned)__cvta_generic_to_shared(s)),
+      "r"(turn)
+      : "memory");
+}
+
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // sums += a b, of a warp's 16 x 8 matrix a and 8 x 8 matrix b in tf32. With i = thread / 4 and k = thread % 4, a thread

@@ -56,20 +56,24 @@ class Shape(NamedTuple):
 class Relay(NamedTuple):
     """How selective_scan_relay.cu, the forward kernel for n = 16, is laid out: its macros."""
 
-    runners: int  # warps that share 16 channels and take turns at their positions
-    warps: int  # of a block
+    runners: int  # warps that share 16 channels and run 8 positions in turn; 1: a warp has them to itself
+    soloists: int  # in that case, warps of a block
     blocks: int  # that fit on a multiprocessor; registers are given out accordingly
 
     @property
     def macros(self) -> runtime.Macros:
-        return tuple(zip(("RUNNERS", "WARPS", "BLOCKS"), self, strict=True))
+        return tuple(zip(("RUNNERS", "SOLOISTS", "BLOCKS"), self, strict=True))
+
+    @property
+    def warps(self) -> int:
+        return self.soloists if self.runners == 1 else self.runners
 
     def shared(self, *, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, **_) -> int:
         """Bytes of `Shared`."""
         x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
-        coming = 2 * 32 * 4 * (x + dt + 2 * bc) + (2 * 32 * 4 * z if HAS_Z else 16)
-        baton = 2 * 32 * 16 if self.runners > 1 else 16
-        return self.warps * (coming + 8 * 8 * 16 + 8 * 4 * 16 + 8 * 20 * 4 + 2 * 4 * 16 + baton)
+        coming = 128 * (x + dt + 2 * bc + (z if HAS_Z else 0)) + (0 if HAS_Z else 16)
+        stages, sides = (4, 2) if self.runners == 1 else (2, 1)
+        return self.warps * (stages * coming + sides * (1024 + 512) + 8 * 16 * 4 + 2 * 4 * 16 + 1024 + 16)
 
 
 # By the state size, rounded up.
@@ -186,7 +190,10 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
 
 
 def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    return x.shape[0], -(-x.shape[1] // KEEP_EVERY), A.shape[0], padded(A.shape[1])
+    """Of float32, or of pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
+    b, l, d = x.shape
+    states = -(-d // 16) * 16 * -(-A.shape[1] // 16) * 16
+    return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
 
 
 # The fields of `Params` in selective_scan.cuh, all of 64 bits.
@@ -265,7 +272,7 @@ class Launches:
         b, _, d = self.x.shape
         kernel = _relay_kernel(relay, (*self.macros, ("KEEP", int(keep))), self.x.device)
         teams = b * -(-d // 16) * self.segments
-        kernel(-(-teams * relay.runners // relay.warps), self.parameters(), runtime.stream())
+        kernel(-(-teams // relay.soloists) if relay.runners == 1 else teams, self.parameters(), runtime.stream())
 
     def launch_backward(self, dB: Tensor, dC: Tensor, d_bc: Tensor) -> None:
         b, l, d = self.x.shape
@@ -305,7 +312,7 @@ def _relay_kernel(relay: Relay, macros: runtime.Macros, device: torch.device) ->
 def _backward_kernels(macros: runtime.Macros, device: torch.device) -> tuple[runtime.Kernel, runtime.Kernel]:
     shared = _backward_shared(**dict(macros))
     # Two blocks on a multiprocessor where their memory fits; registers are given out accordingly.
-    blocks = max(1, min(BLOCKS, 227 * 1024 // (shared + 1024)))
+    blocks = max(1, min(BLOCKS, 228 * 1024 // (shared + 1024)))
     module = runtime.load("selective_scan_backward.cu", (*macros, ("WARPS", WARPS), ("BLOCKS", blocks)), device)
     return runtime.Kernel(module, "backward", 32 * WARPS, shared), runtime.Kernel(module, "gather", 256, 0)
 
@@ -314,14 +321,15 @@ def _backward_shared(*, N, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, PACKED, **_)
     """Bytes of `Shared` in selective_scan_backward.cu."""
     chunk, channels, part, threads = KEEP_EVERY, 16 * WARPS, 4, 32 * WARPS
     x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
+    kept = 2 if X_KIND == KINDS[torch.bfloat16] else 4
     coming = (
-        chunk * channels * (2 * x + dt + (z if HAS_Z else 0)) + (0 if HAS_Z else 16) + chunk * 32 * bc + threads * 32
+        chunk * channels * (2 * x + dt + (z if HAS_Z else 0)) + (0 if HAS_Z else 16) + chunk * 32 * bc + threads * 8 * kept
     )
-    signals = 3 * chunk * channels + chunk * 2 * 16
-    kept = chunk // part * 2 * threads * 4
+    signals = chunk * (2 * (channels + 2) + channels + 16) + chunk * 2 * 16
+    states = chunk // part * 2 * threads * 4
     sums = WARPS * (4 * 3 * 2 * 32 + chunk * 2 * 16)
     tiles = 3 * chunk * channels if N > 16 else 3
-    return coming + 4 * (signals + kept + sums + tiles + (2 * chunk if PACKED else 2)) + 32
+    return coming + 4 * (signals + states + sums + tiles + (2 * chunk if PACKED else 2)) + 32
 
 
 selective_scan.register("cuda", why_not=why_not)(custom_op("cuda", Kernels(forward, backward, kept_shape)))

@@ -95,6 +95,15 @@ __device__ __forceinline__ void scan(const Params& p) {
           if (channel + c < p.channels && n < width) to[(row * p.channels + channel + c) * width + n] = h[c][s];
         }
     };
+    auto keep = [&](i64 row) {
+#pragma unroll
+      for (int c = 0; c < PER; ++c)
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+          const int n = lane * S + s;
+          if (channel + c < p.channels) put<KEPT_KIND>(p.kept, kept_at(p.channels, row, channel + c, n) * 4 + n % 4, h[c][s]);
+        }
+    };
     load(rates, p.A, 0, p.states);
 #pragma unroll
     for (int c = 0; c < PER; ++c)
@@ -148,7 +157,7 @@ __device__ __forceinline__ void scan(const Params& p) {
       };
       auto advance = [&](int i0, const Position (&positions)[UNROLL]) {
         if (WHAT == OUTPUTS && KEEP && (at + i0) % KEEP_EVERY == 0 && at + i0 < end)
-          store(p.kept, b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + (at + i0) / KEEP_EVERY, N);
+          keep(b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + (at + i0) / KEEP_EVERY);
         float y[UNROLL][PER];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {

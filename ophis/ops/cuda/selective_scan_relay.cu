@@ -1,53 +1,78 @@
-// The selective scan, forward, for n up to 16: each warp takes 16 channels with all their states through time, and asks
-// no other warp for anything but a state.
+// The selective scan, forward, for n up to 16: a warp takes 16 channels with all their states through time.
 //
-// A thread holds two neighbouring channels with four states each. Eight positions, a leg, are prepared at once: thread
-// by thread four channels at one position, through shared memory of the warp's own. Sums over the states go through the
-// tensor cores, as products of the states with C.
+// A thread holds two neighbouring channels with four states each. Eight positions, a leg, are prepared at once, thread
+// by thread four channels at one position, while the leg before is run and the outputs of the one before that are
+// finished: a warp asks nothing of the others, and nobody waits at a barrier. Sums over the states go through the tensor
+// cores, as products of the states with C.
 //
-// Where channels are few, RUNNERS warps share them and run the legs in turn, as in a relay: a warp runs its leg from a
-// state of zeros, keeping every decay, while those before it do the same; then it is handed the state that comes into
-// the leg, hands on the one that leaves it, which takes one multiplication and addition, and adds to its outputs what
-// the state handed to it gives. All exponentials are taken once, by as many warps as there is room for.
+// Where channels are few, RUNNERS warps share them and run the legs in turn, as in a relay. Each runs from a state of
+// zeros and keeps the products of the decays so far; when it is handed the state that really comes in, it hands on the
+// one that leaves, one multiplication and addition later, and corrects its outputs by that state times those products.
+// So all exponentials are taken once, by as many warps as there is room for.
 #include "selective_scan.cuh"
 
 constexpr int CHANNELS = 16, LEG = 8;
-static_assert(N == 16 && WARPS % RUNNERS == 0 && WARPS <= 16);  // there are 16 barriers
+constexpr bool SHARED_OUT = RUNNERS > 1;  // the legs of one team of channels
+constexpr int WARPS = SHARED_OUT ? RUNNERS : SOLOISTS;
+constexpr int STAGES = SHARED_OUT ? 2 : 4;
+static_assert(N == 16);
 
 using X = Stored<X_KIND>::type;
 using DT = Stored<DT_KIND>::type;
 using Z = Stored<Z_KIND>::type;
 using BC = Stored<BC_KIND>::type;
 
-// Of a warp. Of what comes from global memory each thread has its own places, twice, so that it can be on its way while
-// the leg before is run.
-struct Warp {
-  Four<X_KIND> x[2][32];
-  Four<DT_KIND> dt[2][32];
-  Four<Z_KIND> z[HAS_Z ? 2 : 1][HAS_Z ? 32 : 1];
-  Four<BC_KIND> B[2][32], C[2][32];
-  float4 steps[LEG][8];  // step, step * input, of two channels
-  float4 B_wide[LEG][4];
-  float y[LEG][20];      // of 16 channels; so long a row meets itself in no bank
+// What comes from global memory, of which each thread has its own places.
+struct Coming {
+  Four<X_KIND> x[32];
+  Four<DT_KIND> dt[32];
+  Four<Z_KIND> z[HAS_Z ? 32 : 1];
+  Four<BC_KIND> B[32], C[32];
+};
+
+// Of a warp. Where its rows are and how they are turned keeps what is read or written together in different banks.
+struct Runner {
+  Coming coming[STAGES];
+  float4 steps[SHARED_OUT ? 1 : 2][LEG][8];  // step, step * input, of two channels; in the later half of a leg, turned
+  float4 B[SHARED_OUT ? 1 : 2][LEG][4];
+  float y[LEG][16];                          // see `place_of_y`
   float4 bias[4], skip[4];
-  float4 baton[RUNNERS > 1 ? 2 : 1][RUNNERS > 1 ? 32 : 1];  // the state handed to this warp
+  float4 baton[2][32];                       // the state handed to this runner
+  unsigned long long ready;                               // that it was
 };
 
 struct Shared {
-  Warp warps[WARPS];
+  Runner runners[WARPS];
 };
+
+// The outputs are written at the positions k and k + 4 by four threads for each pair of channels, and read four channels
+// at once at these positions.
+__device__ __forceinline__ int place_of_y(int position, int channel) {
+  const int row = position < 4 ? position : (position ^ 1);
+  return row * 16 + (channel ^ (position / 2 % 2 * 8));
+}
 
 // Products of tf32, 11 bits, go far enough for outputs of bfloat16. Others need both halves of a number.
 constexpr bool HALVES = X_KIND != BFLOAT16 || BC_KIND == FLOAT32;
-// What is cut off a number is, over all numbers, this part of it.
+// What is cut off the states is, on average, this part of them.
 constexpr float MADE_UP = HALVES ? 1.f : 1.000352f;
 
 __device__ __forceinline__ float high_half(float f) { return __uint_as_float(__float_as_uint(f) & 0xffffe000u); }
 
-// The outputs of a leg, of this thread's channels at the positions 2 k and 2 k + 1 for k = thread % 4.
+// Which position of a leg a thread prepares; pairs of threads' positions are four apart.
+__device__ __forceinline__ int position_of(int thread) { return thread / 8 + thread / 4 % 2 * 4; }
+
+// The outputs of a leg, of this thread's channels at the positions k and k + 4 for k = thread % 4.
 struct Outputs {
-  float C[4], C_low[4];  // at position thread / 4, of this thread's states
+  float C[4], C_low[4];  // at position position_of(thread), of this thread's states
   float y[2][2];         // positions, channels
+
+  __device__ __forceinline__ void begin(const Four<BC_KIND>& of_leg) {
+    widen4<BC_KIND>(of_leg, C);
+    if (BC_KIND == FLOAT32)
+#pragma unroll
+      for (int s = 0; s < 4; ++s) C_low[s] = C[s] - high_half(C[s]), C[s] = high_half(C[s]);
+  }
 
   // Position T: the columns of the product are all C of the leg, one of which is T's.
   template <int T, bool FIRST> __device__ __forceinline__ void add(const float (&h)[2][4]) {
@@ -66,11 +91,12 @@ struct Outputs {
         multiply_tf32(sums, a, C[s], C[s + 1]);
       }
     }
-    const bool mine = threadIdx.x % 4 == T / 2;
+    // Column 2 k is position k, column 2 k + 1 position k + 4; a thread has the columns 2 k and 2 k + 1 for k = thread % 4.
+    const bool mine = threadIdx.x % 4 == T % 4;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      if (FIRST) y[T % 2][c] = mine ? sums[2 * c + T % 2] : T < 2 ? 0.f : y[T % 2][c];
-      else if (mine) y[T % 2][c] += sums[2 * c + T % 2];
+      if (FIRST) y[T / 4][c] = mine ? sums[2 * c + T / 4] : T % 4 == 0 ? 0.f : y[T / 4][c];
+      else if (mine) y[T / 4][c] += sums[2 * c + T / 4];
     }
   }
 };
@@ -82,21 +108,36 @@ template <class Do> __device__ __forceinline__ void each_position(Do what) {
   what(Index<4>()), what(Index<5>()), what(Index<6>()), what(Index<7>());
 }
 
+// States of two channels, four each, and their places in shared memory.
+__device__ __forceinline__ void put_states(float4 (&to)[2][32], int thread, const float (&h)[2][4]) {
+  to[0][thread] = make_float4(h[0][0], h[0][1], h[0][2], h[0][3]);
+  to[1][thread] = make_float4(h[1][0], h[1][1], h[1][2], h[1][3]);
+}
+
+__device__ __forceinline__ void get_states(const float4 (&from)[2][32], int thread, float (&h)[2][4]) {
+  const float4 v = from[0][thread], w = from[1][thread];
+  h[0][0] = v.x, h[0][1] = v.y, h[0][2] = v.z, h[0][3] = v.w;
+  h[1][0] = w.x, h[1][1] = w.y, h[1][2] = w.z, h[1][3] = w.w;
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int warp = of_warp(threadIdx.x / 32), thread = threadIdx.x % 32;
-  Warp& m = reinterpret_cast<Shared*>(memory)->warps[warp];
-  const int runner = warp % RUNNERS, next = warp - runner + (runner + 1) % RUNNERS;
 
   const i64 groups_of_channels = (p.channels + CHANNELS - 1) / CHANNELS;
-  i64 index = ((i64)blockIdx.x * WARPS + warp) / RUNNERS;
+  i64 index = SHARED_OUT ? blockIdx.x : (i64)blockIdx.x * WARPS + warp;
   if (index >= groups_of_channels * p.segments * p.batch) return;
   const i64 first_channel = index % groups_of_channels * CHANNELS; index /= groups_of_channels;
   const i64 segment = index % p.segments, b = index / p.segments;
   const int start = (int)(segment * p.segment), end = (int)least(p.length, start + p.segment);
   const int legs = (end - start + LEG - 1) / LEG;
 
-  // As keeper of states.
+  if (SHARED_OUT) {
+    if (thread == 0) create_signal(&shared.runners[warp].ready);
+    __syncthreads();
+  }
+
   const int pair = thread / 4, quarter = thread % 4;
   const i64 channel = first_channel + pair * 2;
   auto load = [&](float (&to)[2][4], const float* from, i64 row, i64 width) {  // (rows, d, width)
@@ -117,25 +158,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
         if (channel + c < p.channels && n < width) to[at] = more ? to[at] + from[c][s] : from[c][s];
       }
   };
-  float rates[2][4], h[2][4];
+  auto keep = [&](const float (&h)[2][4], int at) {
+    if (!KEEP || at % KEEP_EVERY != 0) return;
+    const i64 row = b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + at / KEEP_EVERY;
+    Four<KEPT_KIND>* to = (Four<KEPT_KIND>*)p.kept + kept_at(p.channels, row, channel, quarter * 4);
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      if (channel + c < p.channels) to[c * 32] = narrow4<KEPT_KIND>(h[c]);
+  };
+  float h[2][4];
+  if (segment > 0) load(h, p.carry, b * p.segments + segment, N);
+  else load(h, PACKED ? nullptr : p.initial, b, p.states);
+
+  // As runner.
+  const int runner = SHARED_OUT ? warp : 0;
+  Runner& m = shared.runners[warp];
+  float rates[2][4];
   load(rates, p.A, 0, p.states);
 #pragma unroll
   for (int c = 0; c < 2; ++c)
 #pragma unroll
     for (int s = 0; s < 4; ++s) rates[c][s] *= LOG2E;
-  if (segment > 0) load(h, p.carry, b * p.segments + segment, N);
-  else load(h, PACKED ? nullptr : p.initial, b, p.states);
-  auto hand_to = [&](float4 (&baton)[RUNNERS > 1 ? 2 : 1][RUNNERS > 1 ? 32 : 1]) {
-    baton[0][thread] = make_float4(h[0][0], h[0][1], h[0][2], h[0][3]);
-    baton[1][thread] = make_float4(h[1][0], h[1][1], h[1][2], h[1][3]);
+  auto hand_to = [&](Runner& other) {
+    put_states(other.baton, thread, h);
+    __syncwarp();
+    if (thread == 0) signal(&other.ready);
   };
-  if (RUNNERS > 1 && runner == 0) hand_to(m.baton);
+  if (SHARED_OUT && runner == 0) hand_to(m);
 
   // As preparer: four channels at one position of a leg.
-  const int item_channel = quarter * 4, item_step = pair;
+  const int item_channel = quarter * 4, item_step = position_of(thread);
   const i64 c = first_channel + item_channel, group = first_channel / (p.channels / p.groups);
   const int within = (int)least(4, p.channels - c), states_within = (int)p.states - item_channel;  // may be negative
-  const bool y_whole = p.channels % 4 == 0;
+  const bool y_whole = WHOLE || p.channels % 4 == 0;
   if (pair == 0) {
     float bias[4], skip[4];
 #pragma unroll
@@ -147,156 +202,178 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
     m.skip[quarter] = make_float4(skip[0], skip[1], skip[2], skip[3]);
   }
   __syncwarp();
-  const i64 t0 = start + runner * LEG + item_step;
+  constexpr int TURN = RUNNERS * LEG;  // positions from one leg of a runner to its next
+  const int first = start + runner * LEG;
+  const i64 t0 = first + item_step;
   const X* x_ahead = (const X*)p.x + (b * p.sx.b + c * p.sx.d + t0 * p.sx.l);
   const DT* dt_ahead = (const DT*)p.dt + (b * p.sdt.b + c * p.sdt.d + t0 * p.sdt.l);
   const Z* z_ahead = (const Z*)p.z + (b * p.sz.b + c * p.sz.d + t0 * p.sz.l);
   const BC* B_ahead = (const BC*)p.B + (b * p.sB.b + group * p.sB.d + item_channel + t0 * p.sB.l);
   const BC* C_ahead = (const BC*)p.C + (b * p.sC.b + group * p.sC.d + item_channel + t0 * p.sC.l);
-  X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);
-  auto send_for = [&](int at, int turn) {
+  X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);  // of the leg to finish next
+  if (!SHARED_OUT) y -= TURN * p.channels;
+  auto send_for = [&](int at, Coming& to) {
     const bool there = at + item_step < end;
     const int count = there ? within : 0, states = there ? states_within : 0;
-    copy4<X_KIND, WHOLE>(&m.x[turn][thread], x_ahead, p.sx.d, count);
-    copy4<DT_KIND, WHOLE>(&m.dt[turn][thread], dt_ahead, p.sdt.d, count);
-    if (HAS_Z) copy4<Z_KIND, WHOLE>(&m.z[turn][thread], z_ahead, p.sz.d, count);
-    copy4<BC_KIND, WHOLE>(&m.B[turn][thread], B_ahead, 1, states);
-    copy4<BC_KIND, WHOLE>(&m.C[turn][thread], C_ahead, 1, states);
-    x_ahead += RUNNERS * LEG * p.sx.l, dt_ahead += RUNNERS * LEG * p.sdt.l;
-    if (HAS_Z) z_ahead += RUNNERS * LEG * p.sz.l;
-    B_ahead += RUNNERS * LEG * p.sB.l, C_ahead += RUNNERS * LEG * p.sC.l;
+    copy4<X_KIND, WHOLE>(&to.x[thread], x_ahead, p.sx.d, count);
+    copy4<DT_KIND, WHOLE>(&to.dt[thread], dt_ahead, p.sdt.d, count);
+    if (HAS_Z) copy4<Z_KIND, WHOLE>(&to.z[thread], z_ahead, p.sz.d, count);
+    copy4<BC_KIND, WHOLE>(&to.B[thread], B_ahead, 1, states);
+    copy4<BC_KIND, WHOLE>(&to.C[thread], C_ahead, 1, states);
+    x_ahead += TURN * p.sx.l, dt_ahead += TURN * p.sdt.l;
+    if (HAS_Z) z_ahead += TURN * p.sz.l;
+    B_ahead += TURN * p.sB.l, C_ahead += TURN * p.sC.l;
   };
-
-  auto keep = [&](const float (&state)[2][4], int at) {  // (b, l / KEEP_EVERY, d, N)
-    if (!KEEP || at % KEEP_EVERY != 0) return;
-    const i64 row = b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + at / KEEP_EVERY;
-    float4* to = reinterpret_cast<float4*>(p.kept + (row * p.channels + channel) * N + quarter * 4);
+  auto prepare = [&](int at, const Coming& from, int side) {
+    // Past the end the item is zeros; a step of zero leaves the state as it is. A product, since a condition becomes a
+    // branch around every softplus.
+    const float there = at + item_step < end ? 1.f : 0.f;
+    const float4 bias4 = m.bias[quarter];
+    const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w};
+    float step[4], input[4], B[4];
+    widen4<DT_KIND>(from.dt[thread], step);
+    widen4<X_KIND>(from.x[thread], input);
+    widen4<BC_KIND>(from.B[thread], B);
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
-      if (channel + c < p.channels) to[c * (N / 4)] = make_float4(state[c][0], state[c][1], state[c][2], state[c][3]);
+    for (int k = 0; k < 4; ++k) {
+      step[k] = there * step_of(step[k], bias[k]);
+      input[k] *= step[k];
+    }
+    float4* to = &m.steps[side][item_step][item_channel / 2];
+    to[item_step / 4] = make_float4(step[0], input[0], step[1], input[1]);
+    to[1 - item_step / 4] = make_float4(step[2], input[2], step[3], input[3]);
+    m.B[side][item_step][quarter] = make_float4(B[0], B[1], B[2], B[3]);
+  };
+  auto leave = [&](const Outputs& out) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      *reinterpret_cast<float2*>(&m.y[0][0] + place_of_y(quarter + 4 * i, pair * 2)) = make_float2(out.y[i][0], out.y[i][1]);
+  };
+  auto finish = [&](int at, const Coming& from) {
+    const float4 v = *reinterpret_cast<const float4*>(&m.y[0][0] + place_of_y(item_step, item_channel)), skip4 = m.skip[quarter];
+    const float skip[4] = {skip4.x, skip4.y, skip4.z, skip4.w};
+    float sum[4] = {v.x, v.y, v.z, v.w}, input[4], gate[4];
+    widen4<X_KIND>(from.x[thread], input);
+    if (HAS_Z) widen4<Z_KIND>(from.z[thread], gate);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = HAS_D ? fmaf(MADE_UP, sum[k], skip[k] * input[k]) : MADE_UP * sum[k];
+      if (HAS_Z) sum[k] *= gate[k] * sigmoid(gate[k]);
+    }
+    put4<X_KIND>(y, 0, sum, y_whole, at >= start && at + item_step < end ? within : 0);
+    y += TURN * p.channels;
   };
 
   int coming = 0;  // sequence, the first that starts in this leg or later
   if (PACKED && start > 0) coming = sequence_at(p, start - 1) + 1;
-
-  send_for(start + runner * LEG, 0);
-  int turn = 0;
-#pragma unroll 1
-  for (int leg = runner; leg < legs; leg += RUNNERS, turn ^= 1) {
-    const int at = start + leg * LEG;
-    Outputs out;
-    await_copies();
-    {
-      // Past the end the item is zeros; a step of zero leaves the state as it is. A product, since a condition becomes a
-      // branch around every softplus.
-      const float there = at + item_step < end ? 1.f : 0.f;
-      const float4 bias4 = m.bias[quarter];
-      const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w};
-      float step[4], input[4], wide[4];
-      widen4<DT_KIND>(m.dt[turn][thread], step);
-      widen4<X_KIND>(m.x[turn][thread], input);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        step[k] = there * step_of(step[k], bias[k]);
-        input[k] *= step[k];
-      }
-      float4* to = &m.steps[item_step][item_channel / 2];
-      to[0] = make_float4(step[0], input[0], step[1], input[1]);
-      to[1] = make_float4(step[2], input[2], step[3], input[3]);
-      widen4<BC_KIND>(m.B[turn][thread], wide);
-      m.B_wide[item_step][quarter] = make_float4(wide[0], wide[1], wide[2], wide[3]);
-      widen4<BC_KIND>(m.C[turn][thread], out.C);
-      if (BC_KIND == FLOAT32)
-#pragma unroll
-        for (int s = 0; s < 4; ++s) out.C_low[s] = out.C[s] - high_half(out.C[s]), out.C[s] = high_half(out.C[s]);
-    }
-    unsigned starts = 0;  // a bit a position at which a sequence does
-    if (PACKED) {
-      while (coming < p.sequences && p.offsets[coming] < at) ++coming;
-      for (int k = coming; k < p.sequences && p.offsets[k] < least(end, at + LEG); ++k) starts |= 1u << (p.offsets[k] - at);
-    }
-    __syncwarp();
-    if (leg + RUNNERS < legs) send_for(at + RUNNERS * LEG, turn ^ 1);
-
-    if (RUNNERS == 1) keep(h, at);
-    float a[RUNNERS > 1 ? LEG : 1][2][4];
-    float total[2] = {0.f, 0.f};  // of the steps
-    if (RUNNERS > 1)
-#pragma unroll
-      for (int s = 0; s < 4; ++s) h[0][s] = h[1][s] = 0.f;
+  auto starts_in = [&](int at) {  // a bit a position at which a sequence starts
+    unsigned starts = 0;
+    while (coming < p.sequences && p.offsets[coming] < at) ++coming;
+    for (int k = coming; k < p.sequences && p.offsets[k] < least(end, at + LEG); ++k) starts |= 1u << (p.offsets[k] - at);
+    return starts;
+  };
+  float products[SHARED_OUT ? LEG : 1][2][4];  // of the decays of a leg so far
+  auto run = [&](int at, unsigned starts, int side, Outputs& out) {
     each_position([&](auto position) {
       constexpr int t = position.value;
       if (PACKED && starts >> t & 1) {
         if (at + t > 0) store(p.final_state, h, sequence_at(p, at + t - 1), p.states);
         load(h, p.initial, sequence_at(p, at + t), p.states);
       }
-      const float4 v = m.steps[t][pair], B4 = m.B_wide[t][quarter];
+      const float4 v = m.steps[side][t][pair ^ (t / 4)], B4 = m.B[side][t][quarter];
       const float dt[2] = {v.x, v.z}, u[2] = {v.y, v.w}, B[4] = {B4.x, B4.y, B4.z, B4.w};
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
+      for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          float& decay = a[RUNNERS > 1 ? t : 0][c][s];
-          decay = exp2_fast(dt[c] * rates[c][s]);
+          const float decay = exp2_fast(dt[c] * rates[c][s]);
           h[c][s] = fmaf(decay, h[c][s], u[c] * B[s]);
+          if constexpr (SHARED_OUT) {
+            products[t][c][s] = t == 0 ? decay : decay * products[t > 0 ? t - 1 : 0][c][s];
+            if (PACKED && starts >> t & 1) products[t][c][s] = 0.f;
+          }
         }
-        total[c] += dt[c];
-      }
-      out.add<t, true>(h);
+      out.template add<t, true>(h);
     });
+  };
 
-    if constexpr (RUNNERS > 1) {
-      float g[2][4];  // what is left of the state that came into the leg
-      float through[2][4];
+  if constexpr (!SHARED_OUT) {
+    send_for(first, m.coming[0]);
+    await_copies();
+    prepare(first, m.coming[0], 0);
+    send_for(first + LEG, m.coming[1]);
+#pragma unroll 1
+    for (int leg = 0; leg < legs; ++leg) {
+      const int at = start + leg * LEG;
+      await_copies();
+      __syncwarp();
+      finish(at - LEG, m.coming[(leg + STAGES - 1) % STAGES]);  // of the first leg, nothing
+      send_for(at + 2 * LEG, m.coming[(leg + 2) % STAGES]);
+      keep(h, at);
+      Outputs out;
+      out.begin(m.coming[leg % STAGES].C[thread]);
+      run(at, PACKED ? starts_in(at) : 0, leg % 2, out);
+      prepare(at + LEG, m.coming[(leg + 1) % STAGES], (leg + 1) % 2);
+      __syncwarp();
+      leave(out);
+    }
+    __syncwarp();
+    finish(start + (legs - 1) * LEG, m.coming[(legs - 1) % STAGES]);
+    if (segment == p.segments - 1) store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
+  } else {
+    send_for(first, m.coming[0]);
+    await_copies();
+    prepare(first, m.coming[0], 0);
+    send_for(first + TURN, m.coming[1]);
+    int stage = 0, turn = 0;
+#pragma unroll 1
+    for (int leg = runner; leg < legs; leg += RUNNERS, stage ^= 1) {
+      const int at = start + leg * LEG;
+      const unsigned starts = PACKED ? starts_in(at) : 0;
+      Outputs out;
+      out.begin(m.coming[stage].C[thread]);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) h[0][s] = h[1][s] = 0.f;
+      __syncwarp();
+      run(at, starts, 0, out);
+      __syncwarp();
+      await_copies();
+      prepare(at + TURN, m.coming[stage ^ 1], 0);
+      float g[2][4];  // the state that comes into the leg
+      await_signal(&m.ready, turn);
+      get_states(m.baton, thread, g);
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) through[c][s] = PACKED && starts ? 0.f : exp2_fast(total[c] * rates[c][s]);
-      if (leg > 0) await_barrier(warp, 64);
-      const float4 v = m.baton[0][thread], w = m.baton[1][thread];
-      g[0][0] = v.x, g[0][1] = v.y, g[0][2] = v.z, g[0][3] = v.w;
-      g[1][0] = w.x, g[1][1] = w.y, g[1][2] = w.z, g[1][3] = w.w;
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int s = 0; s < 4; ++s) h[c][s] = fmaf(through[c][s], g[c][s], h[c][s]);
-      if (leg + 1 < legs) {
-        hand_to(reinterpret_cast<Shared*>(memory)->warps[next].baton);
-        pass_barrier(next, 64);
-      }
+        for (int s = 0; s < 4; ++s) h[c][s] = fmaf(products[LEG - 1][c][s], g[c][s], h[c][s]);
+      hand_to(shared.runners[runner + 1 < RUNNERS ? runner + 1 : 0]);  // or, after the last leg, to nobody
+      // Given already. But no instruction passes a loop: without one, what comes below would delay what stands above.
+      await_signal(&m.ready, turn);
+      turn ^= 1;
       keep(g, at);
       each_position([&](auto position) {
         constexpr int t = position.value;
-        if (PACKED && starts >> t & 1) {
-          if (at + t > 0 && !(starts & ((1u << t) - 1))) store(p.final_state, g, sequence_at(p, at + t - 1), p.states, true);
+        if (PACKED && (starts & ((2u << t) - 1)) == 1u << t && at + t > 0) {  // what the first sequence that ends here lacks
+          float before[2][4];
 #pragma unroll
-          for (int s = 0; s < 4; ++s) g[0][s] = g[1][s] = 0.f;
+          for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int s = 0; s < 4; ++s) before[c][s] = t == 0 ? g[c][s] : g[c][s] * products[t > 0 ? t - 1 : 0][c][s];
+          store(p.final_state, before, sequence_at(p, at + t - 1), p.states, true);
         }
+        float now[2][4];
 #pragma unroll
         for (int c = 0; c < 2; ++c)
 #pragma unroll
-          for (int s = 0; s < 4; ++s) g[c][s] *= a[t][c][s];
-        out.add<t, false>(g);
+          for (int s = 0; s < 4; ++s) now[c][s] = g[c][s] * products[t][c][s];
+        out.template add<t, false>(now);
       });
+      leave(out);
+      __syncwarp();
+      finish(at, m.coming[stage]);
+      send_for(at + 2 * TURN, m.coming[stage]);
     }
-    *reinterpret_cast<float2*>(&m.y[quarter * 2][pair * 2]) = make_float2(out.y[0][0], out.y[0][1]);
-    *reinterpret_cast<float2*>(&m.y[quarter * 2 + 1][pair * 2]) = make_float2(out.y[1][0], out.y[1][1]);
-    __syncwarp();
-    if (at + item_step < end) {
-      const float4 v = *reinterpret_cast<const float4*>(&m.y[item_step][item_channel]), skip4 = m.skip[quarter];
-      const float skip[4] = {skip4.x, skip4.y, skip4.z, skip4.w};
-      float sum[4] = {v.x, v.y, v.z, v.w}, input[4], gate[4];
-      widen4<X_KIND>(m.x[turn][thread], input);
-      if (HAS_Z) widen4<Z_KIND>(m.z[turn][thread], gate);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        sum[k] = HAS_D ? fmaf(MADE_UP, sum[k], skip[k] * input[k]) : MADE_UP * sum[k];
-        if (HAS_Z) sum[k] *= gate[k] * sigmoid(gate[k]);
-      }
-      put4<X_KIND>(y, 0, sum, y_whole, within);
-    }
-    y += RUNNERS * LEG * p.channels;
+    if (segment == p.segments - 1 && (legs - 1) % RUNNERS == runner)
+      store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
   }
-  if (segment == p.segments - 1 && (legs - 1) % RUNNERS == runner)
-    store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
 }
