@@ -1,21 +1,17 @@
-// The selective scan, forward, for n up to 16: a warp takes 16 channels with all their states through time.
+// The selective scan, forward, for n up to 16 where channels are few: 16 channels a block, whose warps run through time
+// in a relay. Eight positions are a leg, and RUNNERS warps take the legs in turn.
 //
-// A thread holds two neighbouring channels with four states each. Eight positions, a leg, are prepared at once, thread
-// by thread four channels at one position, while the leg before is run and the outputs of the one before that are
-// finished: a warp asks nothing of the others, and nobody waits at a barrier. Sums over the states go through the tensor
-// cores, as products of the states with C.
+// A runner takes its leg from a state of zeros, and keeps the products of the decays so far, while those before it do
+// the same. When it is handed the state that really comes in, it hands on the one that leaves, one multiplication and
+// addition later, and adds to its outputs what that state gives, times those products. So all exponentials are taken
+// once, by as many warps as there is room for, and in sequence there is one short step a leg.
 //
-// Where channels are few, RUNNERS warps share them and run the legs in turn, as in a relay. Each runs from a state of
-// zeros and keeps the products of the decays so far; when it is handed the state that really comes in, it hands on the
-// one that leaves, one multiplication and addition later, and corrects its outputs by that state times those products.
-// So all exponentials are taken once, by as many warps as there is room for.
+// A thread holds two neighbouring channels with four states each; as preparer of a leg, four channels at one position.
+// Sums over the states go through the tensor cores, as products of the states with C.
 #include "selective_scan.cuh"
 
-constexpr int CHANNELS = 16, LEG = 8;
-constexpr bool SHARED_OUT = RUNNERS > 1;  // the legs of one team of channels
-constexpr int WARPS = SHARED_OUT ? RUNNERS : SOLOISTS;
-constexpr int STAGES = SHARED_OUT ? 2 : 4;
-static_assert(N == 16);
+constexpr int CHANNELS = 16, LEG = 8, TURN = RUNNERS * LEG;  // positions from one leg of a runner to its next
+static_assert(N == 16 && RUNNERS <= 16);                     // there are 16 barriers
 
 using X = Stored<X_KIND>::type;
 using DT = Stored<DT_KIND>::type;
@@ -30,19 +26,20 @@ struct Coming {
   Four<BC_KIND> B[32], C[32];
 };
 
-// Of a warp. Where its rows are and how they are turned keeps what is read or written together in different banks.
+// Of a runner. Where its rows are and how they are turned keeps what is read or written together in different banks.
 struct Runner {
-  Coming coming[STAGES];
-  float4 steps[SHARED_OUT ? 1 : 2][LEG][8];  // step, step * input, of two channels; in the later half of a leg, turned
-  float4 B[SHARED_OUT ? 1 : 2][LEG][4];
-  float y[LEG][16];                          // see `place_of_y`
+  Coming coming[2];
+  float4 steps[LEG][8];  // step, step * input, of two channels; in the later half of a leg, turned
+  float4 B[LEG][4];
+  float y[LEG][16];      // see `place_of_y`
   float4 bias[4], skip[4];
-  float4 baton[2][32];                       // the state handed to this runner
-  unsigned long long ready;                               // that it was
+  float4 baton[2][32];   // the state handed to this runner
+  float4 left[2][32];    // nobody reads it, see below
+  unsigned long long given;
 };
 
 struct Shared {
-  Runner runners[WARPS];
+  Runner runners[RUNNERS];
 };
 
 // The outputs are written at the positions k and k + 4 by four threads for each pair of channels, and read four channels
@@ -120,23 +117,18 @@ __device__ __forceinline__ void get_states(const float4 (&from)[2][32], int thre
   h[1][0] = w.x, h[1][1] = w.y, h[1][2] = w.z, h[1][3] = w.w;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int warp = of_warp(threadIdx.x / 32), thread = threadIdx.x % 32;
+  const int runner = of_warp(threadIdx.x / 32), thread = threadIdx.x % 32;
+  Runner& m = shared.runners[runner];
 
-  const i64 groups_of_channels = (p.channels + CHANNELS - 1) / CHANNELS;
-  i64 index = SHARED_OUT ? blockIdx.x : (i64)blockIdx.x * WARPS + warp;
-  if (index >= groups_of_channels * p.segments * p.batch) return;
-  const i64 first_channel = index % groups_of_channels * CHANNELS; index /= groups_of_channels;
+  const i64 teams = (p.channels + CHANNELS - 1) / CHANNELS;
+  i64 index = blockIdx.x;
+  const i64 first_channel = index % teams * CHANNELS; index /= teams;
   const i64 segment = index % p.segments, b = index / p.segments;
   const int start = (int)(segment * p.segment), end = (int)least(p.length, start + p.segment);
   const int legs = (end - start + LEG - 1) / LEG;
-
-  if (SHARED_OUT) {
-    if (thread == 0) create_signal(&shared.runners[warp].ready);
-    __syncthreads();
-  }
 
   const int pair = thread / 4, quarter = thread % 4;
   const i64 channel = first_channel + pair * 2;
@@ -167,24 +159,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
       if (channel + c < p.channels) to[c * 32] = narrow4<KEPT_KIND>(h[c]);
   };
   float h[2][4];
-  if (segment > 0) load(h, p.carry, b * p.segments + segment, N);
-  else load(h, PACKED ? nullptr : p.initial, b, p.states);
-
-  // As runner.
-  const int runner = SHARED_OUT ? warp : 0;
-  Runner& m = shared.runners[warp];
+  auto hand_to = [&](int other) {
+    put_states(shared.runners[other].baton, thread, h);
+    pass_barrier(other, 64);
+  };
   float rates[2][4];
   load(rates, p.A, 0, p.states);
 #pragma unroll
   for (int c = 0; c < 2; ++c)
 #pragma unroll
     for (int s = 0; s < 4; ++s) rates[c][s] *= LOG2E;
-  auto hand_to = [&](Runner& other) {
-    put_states(other.baton, thread, h);
-    __syncwarp();
-    if (thread == 0) signal(&other.ready);
-  };
-  if (SHARED_OUT && runner == 0) hand_to(m);
+  if (runner == 0) {
+    if (segment > 0) load(h, p.carry, b * p.segments + segment, N);
+    else load(h, PACKED ? nullptr : p.initial, b, p.states);
+    put_states(m.baton, thread, h);
+  }
 
   // As preparer: four channels at one position of a leg.
   const int item_channel = quarter * 4, item_step = position_of(thread);
@@ -201,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
     m.bias[quarter] = make_float4(bias[0], bias[1], bias[2], bias[3]);
     m.skip[quarter] = make_float4(skip[0], skip[1], skip[2], skip[3]);
   }
+  if (thread == 0) create_signal(&m.given), signal(&m.given);
   __syncwarp();
-  constexpr int TURN = RUNNERS * LEG;  // positions from one leg of a runner to its next
   const int first = start + runner * LEG;
   const i64 t0 = first + item_step;
   const X* x_ahead = (const X*)p.x + (b * p.sx.b + c * p.sx.d + t0 * p.sx.l);
@@ -210,8 +199,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
   const Z* z_ahead = (const Z*)p.z + (b * p.sz.b + c * p.sz.d + t0 * p.sz.l);
   const BC* B_ahead = (const BC*)p.B + (b * p.sB.b + group * p.sB.d + item_channel + t0 * p.sB.l);
   const BC* C_ahead = (const BC*)p.C + (b * p.sC.b + group * p.sC.d + item_channel + t0 * p.sC.l);
-  X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);  // of the leg to finish next
-  if (!SHARED_OUT) y -= TURN * p.channels;
+  X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);
   auto send_for = [&](int at, Coming& to) {
     const bool there = at + item_step < end;
     const int count = there ? within : 0, states = there ? states_within : 0;
@@ -224,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
     if (HAS_Z) z_ahead += TURN * p.sz.l;
     B_ahead += TURN * p.sB.l, C_ahead += TURN * p.sC.l;
   };
-  auto prepare = [&](int at, const Coming& from, int side) {
+  auto prepare = [&](int at, const Coming& from) {
     // Past the end the item is zeros; a step of zero leaves the state as it is. A product, since a condition becomes a
     // branch around every softplus.
     const float there = at + item_step < end ? 1.f : 0.f;
@@ -239,10 +227,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
       step[k] = there * step_of(step[k], bias[k]);
       input[k] *= step[k];
     }
-    float4* to = &m.steps[side][item_step][item_channel / 2];
+    float4* to = &m.steps[item_step][item_channel / 2];
     to[item_step / 4] = make_float4(step[0], input[0], step[1], input[1]);
     to[1 - item_step / 4] = make_float4(step[2], input[2], step[3], input[3]);
-    m.B[side][item_step][quarter] = make_float4(B[0], B[1], B[2], B[3]);
+    m.B[item_step][quarter] = make_float4(B[0], B[1], B[2], B[3]);
   };
   auto leave = [&](const Outputs& out) {
 #pragma unroll
@@ -260,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
       sum[k] = HAS_D ? fmaf(MADE_UP, sum[k], skip[k] * input[k]) : MADE_UP * sum[k];
       if (HAS_Z) sum[k] *= gate[k] * sigmoid(gate[k]);
     }
-    put4<X_KIND>(y, 0, sum, y_whole, at >= start && at + item_step < end ? within : 0);
+    put4<X_KIND>(y, 0, sum, y_whole, at + item_step < end ? within : 0);
     y += TURN * p.channels;
   };
 
@@ -272,15 +260,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
     for (int k = coming; k < p.sequences && p.offsets[k] < least(end, at + LEG); ++k) starts |= 1u << (p.offsets[k] - at);
     return starts;
   };
-  float products[SHARED_OUT ? LEG : 1][2][4];  // of the decays of a leg so far
-  auto run = [&](int at, unsigned starts, int side, Outputs& out) {
+  send_for(first, m.coming[0]);
+  await_copies();
+  prepare(first, m.coming[0]);
+  send_for(first + TURN, m.coming[1]);
+  int stage = 0;
+#pragma unroll 1
+  for (int leg = runner; leg < legs; leg += RUNNERS, stage ^= 1) {
+    const int at = start + leg * LEG;
+    const unsigned starts = PACKED ? starts_in(at) : 0;
+    float products[LEG][2][4];  // of the decays so far
+    Outputs out;
+    out.begin(m.coming[stage].C[thread]);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) h[0][s] = h[1][s] = 0.f;
+    __syncwarp();
     each_position([&](auto position) {
       constexpr int t = position.value;
       if (PACKED && starts >> t & 1) {
         if (at + t > 0) store(p.final_state, h, sequence_at(p, at + t - 1), p.states);
         load(h, p.initial, sequence_at(p, at + t), p.states);
       }
-      const float4 v = m.steps[side][t][pair ^ (t / 4)], B4 = m.B[side][t][quarter];
+      const float4 v = m.steps[t][pair ^ (t / 4)], B4 = m.B[t][quarter];
       const float dt[2] = {v.x, v.z}, u[2] = {v.y, v.w}, B[4] = {B4.x, B4.y, B4.z, B4.w};
 #pragma unroll
       for (int c = 0; c < 2; ++c)
@@ -288,92 +289,53 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) relay(const __g
         for (int s = 0; s < 4; ++s) {
           const float decay = exp2_fast(dt[c] * rates[c][s]);
           h[c][s] = fmaf(decay, h[c][s], u[c] * B[s]);
-          if constexpr (SHARED_OUT) {
-            products[t][c][s] = t == 0 ? decay : decay * products[t > 0 ? t - 1 : 0][c][s];
-            if (PACKED && starts >> t & 1) products[t][c][s] = 0.f;
-          }
+          products[t][c][s] = t == 0 ? decay : decay * products[t > 0 ? t - 1 : 0][c][s];
+          if (PACKED && starts >> t & 1) products[t][c][s] = 0.f;
         }
       out.template add<t, true>(h);
     });
-  };
-
-  if constexpr (!SHARED_OUT) {
-    send_for(first, m.coming[0]);
-    await_copies();
-    prepare(first, m.coming[0], 0);
-    send_for(first + LEG, m.coming[1]);
-#pragma unroll 1
-    for (int leg = 0; leg < legs; ++leg) {
-      const int at = start + leg * LEG;
-      await_copies();
-      __syncwarp();
-      finish(at - LEG, m.coming[(leg + STAGES - 1) % STAGES]);  // of the first leg, nothing
-      send_for(at + 2 * LEG, m.coming[(leg + 2) % STAGES]);
-      keep(h, at);
-      Outputs out;
-      out.begin(m.coming[leg % STAGES].C[thread]);
-      run(at, PACKED ? starts_in(at) : 0, leg % 2, out);
-      prepare(at + LEG, m.coming[(leg + 1) % STAGES], (leg + 1) % 2);
-      __syncwarp();
-      leave(out);
-    }
     __syncwarp();
-    finish(start + (legs - 1) * LEG, m.coming[(legs - 1) % STAGES]);
-    if (segment == p.segments - 1) store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
-  } else {
-    send_for(first, m.coming[0]);
     await_copies();
-    prepare(first, m.coming[0], 0);
-    send_for(first + TURN, m.coming[1]);
-    int stage = 0, turn = 0;
-#pragma unroll 1
-    for (int leg = runner; leg < legs; leg += RUNNERS, stage ^= 1) {
-      const int at = start + leg * LEG;
-      const unsigned starts = PACKED ? starts_in(at) : 0;
-      Outputs out;
-      out.begin(m.coming[stage].C[thread]);
+    prepare(at + TURN, m.coming[stage ^ 1]);
+
+    // What others wait for comes first. The compiler would put off the products until after the barrier, and begin with
+    // the outputs before it hands on the state; but it stores what it is told to, and moves nothing across a loop, such
+    // as the one in which a signal is waited for, and be it one given long ago.
+    put_states(m.left, thread, products[LEG - 1]);
+    await_signal(&m.given, 0);
+    if (leg > 0) await_barrier(runner, 64);
+    float incoming[2][4];
+    get_states(m.baton, thread, incoming);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) h[0][s] = h[1][s] = 0.f;
-      __syncwarp();
-      run(at, starts, 0, out);
-      __syncwarp();
-      await_copies();
-      prepare(at + TURN, m.coming[stage ^ 1], 0);
-      float g[2][4];  // the state that comes into the leg
-      await_signal(&m.ready, turn);
-      get_states(m.baton, thread, g);
+    for (int c = 0; c < 2; ++c)
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int s = 0; s < 4; ++s) h[c][s] = fmaf(products[LEG - 1][c][s], g[c][s], h[c][s]);
-      hand_to(shared.runners[runner + 1 < RUNNERS ? runner + 1 : 0]);  // or, after the last leg, to nobody
-      // Given already. But no instruction passes a loop: without one, what comes below would delay what stands above.
-      await_signal(&m.ready, turn);
-      turn ^= 1;
-      keep(g, at);
-      each_position([&](auto position) {
-        constexpr int t = position.value;
-        if (PACKED && (starts & ((2u << t) - 1)) == 1u << t && at + t > 0) {  // what the first sequence that ends here lacks
-          float before[2][4];
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-#pragma unroll
-            for (int s = 0; s < 4; ++s) before[c][s] = t == 0 ? g[c][s] : g[c][s] * products[t > 0 ? t - 1 : 0][c][s];
-          store(p.final_state, before, sequence_at(p, at + t - 1), p.states, true);
-        }
-        float now[2][4];
+      for (int s = 0; s < 4; ++s) h[c][s] = fmaf(products[LEG - 1][c][s], incoming[c][s], h[c][s]);
+    if (leg + 1 < legs) hand_to(runner + 1 < RUNNERS ? runner + 1 : 0);
+    await_signal(&m.given, 0);
+
+    keep(incoming, at);
+    each_position([&](auto position) {
+      constexpr int t = position.value;
+      if (PACKED && (starts & ((2u << t) - 1)) == 1u << t && at + t > 0) {  // what the first sequence to end here lacks
+        float before[2][4];
 #pragma unroll
         for (int c = 0; c < 2; ++c)
 #pragma unroll
-          for (int s = 0; s < 4; ++s) now[c][s] = g[c][s] * products[t][c][s];
-        out.template add<t, false>(now);
-      });
-      leave(out);
-      __syncwarp();
-      finish(at, m.coming[stage]);
-      send_for(at + 2 * TURN, m.coming[stage]);
-    }
-    if (segment == p.segments - 1 && (legs - 1) % RUNNERS == runner)
-      store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
+          for (int s = 0; s < 4; ++s) before[c][s] = incoming[c][s] * (t ? products[t > 0 ? t - 1 : 0][c][s] : 1.f);
+        store(p.final_state, before, sequence_at(p, at + t - 1), p.states, true);
+      }
+      float rest[2][4];
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int s = 0; s < 4; ++s) rest[c][s] = incoming[c][s] * products[t][c][s];
+      out.template add<t, false>(rest);
+    });
+    leave(out);
+    __syncwarp();
+    finish(at, m.coming[stage]);
+    send_for(at + 2 * TURN, m.coming[stage]);
   }
+  if (segment == p.segments - 1 && (legs - 1) % RUNNERS == runner)
+    store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
 }
