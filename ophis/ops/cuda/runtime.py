@@ -59,12 +59,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Kernels are launched on the current device, which need not be x's."""
-    return torch.cuda.device(x.device)
+    return _nowhere_else if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
+_nowhere_else = contextlib.nullcontext()
 
 
 def stream() -> int:
-    """The current one of the current device."""
-    return torch.cuda.current_stream().cuda_stream
+    """The current one of the current device. By the function that Triton calls, too: PyTorch's own takes 7 us."""
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
 
 @functools.cache

@@ -529,22 +529,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
   }
 }
 
-
-// dB and dC: over the blocks of channels of a group. A thread a number, in the order of (groups, b, l, 2, N).
+// What blocks have left, summed up in order: dB and dC over the blocks of channels of a group, a thread a number in the
+// order of (groups, b, l, 2, N); then the gradients of A, D and the bias over rows, a thread a number.
 struct Parts {
-  const float* parts;
+  const float *d_bc, *d_rates, *d_skip, *d_bias;
   void *dB, *dC;
-  i64 batch, length, groups, blocks, states;
+  float *dA, *dD, *d_dt_bias;
+  i64 batch, length, channels, states, groups, blocks, rows;
 };
 
 extern "C" __global__ void gather(const __grid_constant__ Parts p) {
-  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   const i64 size = p.batch * p.length * 2 * N;
-  if (i >= size * p.groups) return;
-  const i64 group = i / size, at = i % size, n = at % N, position = at / (2 * N);
-  float sum = 0.f;
-  for (i64 k = 0; k < p.blocks; ++k) sum += p.parts[(group * p.blocks + k) * size + at];
-  const bool of_C = at / N % 2;
-  sum *= of_C ? ChannelSums::MADE_UP_C : ChannelSums::MADE_UP_B;
-  if (n < p.states) put<BC_KIND>(of_C ? p.dC : p.dB, (position * p.groups + group) * p.states + n, sum);
+  auto sum = [](const float* from, i64 count, i64 apart) {
+    float sum = 0.f;
+    for (i64 k = 0; k < count; ++k) sum += from[k * apart];
+    return sum;
+  };
+  if (i < size * p.groups) {
+    const i64 group = i / size, at = i % size, n = at % N, position = at / (2 * N);
+    const bool of_C = at / N % 2;
+    const float found = sum(p.d_bc + group * p.blocks * size + at, p.blocks, size);
+    if (n < p.states)
+      put<BC_KIND>(of_C ? p.dC : p.dB, (position * p.groups + group) * p.states + n,
+                   found * (of_C ? ChannelSums::MADE_UP_C : ChannelSums::MADE_UP_B));
+    return;
+  }
+  i -= size * p.groups;
+  if (i < p.channels * N) {
+    const i64 n = i % N;
+    if (n < p.states) p.dA[i / N * p.states + n] = sum(p.d_rates + i, p.rows, p.channels * N);
+    return;
+  }
+  i -= p.channels * N;
+  if (i < p.channels) {
+    if (HAS_D) p.dD[i] = sum(p.d_skip + i, p.rows, p.channels);
+  } else if (i < 2 * p.channels) {
+    if (HAS_BIAS) p.d_dt_bias[i - p.channels] = sum(p.d_bias + i - p.channels, p.rows, p.channels);
+  }
 }
