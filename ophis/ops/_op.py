@@ -68,13 +68,14 @@ class Op(Generic[P, R]):
         self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         self._backends: dict[str, Backend] = {}
         self._loaded = False
-        self._known: dict[Any, Backend] = {}  # what calls like one that was checked before run on
+        self._known: dict[Any, str] = {}  # the backends of calls like those that were checked before
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         call = self._bind(args, kwargs)
         asked = call.pop("backend") or _forced.get(self.name) or _forced.get("*")
         key = self._key(call, asked)
-        function = self._known[key].function if key in self._known else self._checked(call, asked, key).function
+        name = None if key is None else self._known.get(key)
+        function = self._backends[name or self._checked(call, asked, key)].function
         device = call[self._positional[0]].device.type
         if torch.is_autocast_enabled(device):  # an op chooses its own precision: states stay float32
             with torch.autocast(device, enabled=False):
@@ -86,7 +87,6 @@ class Op(Generic[P, R]):
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             self._backends[name] = Backend(name, function, why_not)
-            self._known.clear()
             return function
 
         return add
@@ -126,9 +126,9 @@ class Op(Generic[P, R]):
         """
         if call.get("cu_seqlens") is not None or torch.compiler.is_compiling():
             return None
-        parts: list[Any] = [asked]
+        parts: list[Any] = [asked, *self._backends]
         for name in self._names:
-            value = call.get(name)
+            value: Any = call.get(name)
             if type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided:
                 parts.append((value.shape, value.stride(), value.dtype, value.device))
             elif value is None or isinstance(value, (bool, int, float, str)):
@@ -137,14 +137,15 @@ class Op(Generic[P, R]):
                 return None
         return tuple(parts)
 
-    def _checked(self, call: Call, asked: str | None, key: Any) -> Backend:
+    def _checked(self, call: Call, asked: str | None, key: Any) -> str:
+        """The name of the backend, once the call is found to fit; kept for others like it."""
         self._check(call)
-        backend = self._choose(call, asked)
+        name = self._choose(call, asked).name
         if key is not None:
             if len(self._known) >= 1024:  # lengths vary without end
                 self._known.clear()
-            self._known[key] = backend
-        return backend
+            self._known[key] = name
+        return name
 
     def _choose(self, call: Call, asked: str | None) -> Backend:
         backends = self.backends
