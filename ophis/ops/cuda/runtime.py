@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,22 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device, which need not be x's."""
-    return _nowhere_else if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+    """Kernels are launched on the current device, which need not be x's, and in its context.
+
+    A thread may be without one though the device is current: autograd's, before it has launched anything itself.
+    """
+    index = x.device.index
+    if index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    if index not in _thread.__dict__.setdefault("devices", set()):
+        if not int(_ok(driver.cuCtxGetCurrent())):
+            _ok(driver.cuCtxSetCurrent(_ok(driver.cuDevicePrimaryCtxRetain(_ok(driver.cuDeviceGet(index))))))
+        _thread.devices.add(index)
+    return _as_it_is
 
 
-_nowhere_else = contextlib.nullcontext()
+_thread = threading.local()
+_as_it_is = contextlib.nullcontext()
 
 
 def stream() -> int:

@@ -96,12 +96,16 @@ __device__ __forceinline__ void scan(const Params& p) {
     };
     auto keep = [&](i64 row) {
 #pragma unroll
-      for (int c = 0; c < PER; ++c)
+      for (int c = 0; c < PER; ++c) {
+        if (channel + c >= p.channels) continue;
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
+        for (int s = 0; s < S; s += S < 4 ? 1 : 4) {
           const int n = lane * S + s;
-          if (channel + c < p.channels) put<KEPT_KIND>(p.kept, kept_at(p.channels, row, channel + c, n) * 4 + n % 4, h[c][s]);
+          const i64 at = kept_at(p.channels, row, channel + c, n) * 4 + n % 4;
+          if constexpr (S < 4) put<KEPT_KIND>(p.kept, at, h[c][s]);
+          else put4<KEPT_KIND>(p.kept, at, {h[c][s], h[c][s + 1], h[c][s + 2], h[c][s + 3]}, true, 4);
         }
+      }
     };
     load(rates, p.A, 0, p.states);
 #pragma unroll
