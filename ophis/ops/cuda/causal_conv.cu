@@ -60,25 +60,33 @@ __device__ __forceinline__ void leave_windows(const Params& p, i64 index) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) convolve(const __grid_constant__ Params p) {
-  const i64 across = (p.channels / 4 + 31) / 32;
-  i64 index = blockIdx.x;
-  const i64 blocks = across * p.runs * p.batch;
+  // In 32 bits, since a division of 64 takes a hundred instructions.
+  const int across = ((int)p.channels / 4 + 31) / 32, runs = (int)p.runs, blocks = across * runs * (int)p.batch;
+  int index = blockIdx.x;
   if (index >= blocks) {
-    leave_windows(p, (index - blocks) * blockDim.x + threadIdx.x);
+    leave_windows(p, (i64)(index - blocks) * (32 * WARPS) + threadIdx.x);
     return;
   }
-  const int channel = ((int)(index % across) * 32 + threadIdx.x % 32) * 4; index /= across;
-  const i64 b = index / p.runs;
-  const int first = ((int)(index % p.runs) * WARPS + threadIdx.x / 32) * RUN, last = first + RUN < p.length ? first + RUN : (int)p.length;
+  const int channel = (index % across * 32 + threadIdx.x % 32) * 4; index /= across;
+  const i64 b = index / runs;
+  const int first = (index % runs * WARPS + threadIdx.x / 32) * RUN;
+  const int last = first + RUN < p.length ? first + RUN : (int)p.length;
   if (channel >= p.channels || first >= p.length) return;
 
   const X* x = (const X*)p.x + b * p.x_b + channel;
   const X* from = x + first * p.x_l;
   const int step = (int)p.x_l, y_step = (int)p.channels;
-  Four<X_KIND> rows[W - 1 + RUN] = {};
+  Four<X_KIND> rows[W - 1 + RUN];
+  if (first >= W - 1 && first + RUN <= p.length) {
 #pragma unroll
-  for (int i = 0; i < W - 1 + RUN; ++i)
-    if (first + i >= W - 1 && first + i - (W - 1) < p.length) rows[i] = fetch4<X_KIND>(from + (i - (W - 1)) * step);
+    for (int i = 0; i < W - 1 + RUN; ++i) rows[i] = fetch4<X_KIND>(from + (i - (W - 1)) * step);
+  } else {
+#pragma unroll
+    for (int i = 0; i < W - 1 + RUN; ++i) {
+      rows[i] = {};
+      if (first + i >= W - 1 && first + i - (W - 1) < p.length) rows[i] = fetch4<X_KIND>(from + (i - (W - 1)) * step);
+    }
+  }
   float weights[4][W], bias[4] = {};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -101,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) convolve(const __grid_c
       for (int k = 0; k < W; ++k) v = fmaf(weights[j][k], window[(oldest + k) % W][j], v);
       f[j] = SILU ? v * sigmoid(v) : v;
     }
-    put4<X_KIND>(y, t * y_step, f, true, 4);
+    put4<X_KIND>(y, t * y_step, f, true, first + t < last ? 4 : 0);
   };
   float window[W][4];
 
@@ -122,6 +130,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) convolve(const __grid_c
 #pragma unroll
   for (int t = 0; t < RUN; ++t) {
     widen4<X_KIND>(rows[W - 1 + t], window[(W - 1 + t) % W]);
-    if (first + t < last) leave(t, window, t % W);
+    leave(t, window, t % W);
   }
 }

@@ -19,7 +19,7 @@ constexpr int DOWN = PREPARERS / ACROSS;                            // positions
 constexpr int VECTORS = 2 * S / 4;         // float4s of B and C together for a keeper and a position
 constexpr int OF_B = S == 2 ? 1 : S / 4;   // of them, those of B; with two states one float4 has both
 constexpr int BC_ITEMS = (STEPS * VECTORS * LANES + PREPARERS - 1) / PREPARERS;
-static_assert(S * LANES == N && (S == 2 || S % 4 == 0) && STEPS % (2 * UNROLL) == 0 && KEEP_EVERY % UNROLL == 0);
+static_assert(S * LANES == N && (S == 2 || S % 4 == 0) && STEPS % (2 * UNROLL) == 0 && KEEP_EVERY % STEPS == 0);
 static_assert(KEEPERS % 32 == 0 && PREPARERS % 32 == 0 && PREPARERS % ACROSS == 0 && LANES % 2 == 0);
 
 using X = Stored<X_KIND>::type;
@@ -154,8 +154,6 @@ __device__ __forceinline__ void scan(const Params& p) {
         }
       };
       auto advance = [&](int i0, const Position (&positions)[UNROLL]) {
-        if (WHAT == OUTPUTS && KEEP && (at + i0) % KEEP_EVERY == 0 && at + i0 < end)
-          keep(b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + (at + i0) / KEEP_EVERY);
         float y[UNROLL][PER];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
@@ -191,6 +189,8 @@ __device__ __forceinline__ void scan(const Params& p) {
           }
         }
       };
+      if (WHAT == OUTPUTS && KEEP && at % KEEP_EVERY == 0)
+        keep(b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + at / KEEP_EVERY);
       // Some positions are read while those before them are worked on, and the outputs left when all of these are done.
       // No load passes a store, so that in plain order each position would begin when the one before has ended.
       Position some[UNROLL], others[UNROLL];
