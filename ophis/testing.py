@@ -396,6 +396,11 @@ STEPS: dict[str, list[Case]] = {
         Case("groups", partial(_step, of=_selective_scan, B="b l g n", C="b l g n", optional="D dt_bias")),
         Case("complex", partial(_step, of=_selective_scan, complex="A B C", optional="D z dt_bias")),
     ],
+    "ssd_step": [
+        Case("plain", partial(_step, of=_ssd)),
+        Case("everything", partial(_step, of=_ssd, g=2, per_channel=True, optional="D z dt_bias")),
+        Case("step limits", partial(_step, of=_ssd, h=6, g=3, p=7, dt_limit=(0.01, 0.05), optional="dt_bias D")),
+    ],
     "causal_conv_step": [
         Case("plain", partial(_step, of=_causal_conv)),
         Case("everything", partial(_step, of=_causal_conv, activation="silu", optional="bias")),
