@@ -172,22 +172,25 @@ def of_outputs_kernel(
         whole = tl.sum(tl.sum(before.to(tl.float32) * flow.to(tl.float32), 1), 0)
         tl.store(of_chunks + at_tile, whole * exp2(total.to(tl.float32)))
 
-        # Through the output of the state before: y_t = exp(sum of a up to t) h C_t
-        out = tl.dot(C_t, before, input_precision=PRECISION) * from_start[:, None]
         if z is not None:
             gate = rows(z + row * z_sb + head * z_sh, start, end, z_sl, column, z_sp, has_column, Q).to(tl.float32)
-            x_s = rows(x + row * x_sb + head * x_sh, start, end, x_sl, column, x_sp, has_column, Q).to(DTYPE)
             sigmoid = tl.sigmoid(gate)
+            d_gate = dy_t * sigmoid * (1 + gate * (1 - sigmoid))
+            dy_t *= gate * sigmoid
+        # Through the output of the state before: y_t = exp(sum of a up to t) h C_t. This product first: one whose sums
+        # wait for the next tile is left running by Triton (3.6) while `before` is overwritten for that tile. The other
+        # one is awaited where it is used, and with it all that came before.
+        scaled = (dy_t * from_start[:, None]).to(DTYPE)
+        d_C = tl.dot(scaled, tl.trans(before), d_C, input_precision=PRECISION)
+        out = tl.dot(C_t, before, input_precision=PRECISION) * from_start[:, None]
+        tl.store(sums + at_tile * (4 * Q) + ENDING * Q + i, tl.sum(out * dy_t, 1))
+        if z is not None:
+            x_s = rows(x + row * x_sb + head * x_sh, start, end, x_sl, column, x_sp, has_column, Q).to(DTYPE)
             within = (scores * decays(log, Q, False) * size[None, :]).to(DTYPE)
             y = tl.dot(within, x_s, input_precision=PRECISION) + out
             if D is not None:
                 y += tl.load(D + head * D_sh + column * D_sp, mask=has_column, other=0.0)[None, :] * x_s.to(tl.float32)
             at_z = (row * l * h + head) * p + t.to(tl.int64)[:, None] * (h * p) + column[None, :]
-            d_gate = dy_t * y * sigmoid * (1 + gate * (1 - sigmoid))
-            tl.store(dz + at_z, d_gate, mask=(t < end)[:, None] & has_column[None, :])
-            dy_t *= gate * sigmoid
-        tl.store(sums + at_tile * (4 * Q) + ENDING * Q + i, tl.sum(out * dy_t, 1))
-        scaled = (dy_t * from_start[:, None]).to(DTYPE)
-        d_C = tl.dot(scaled, tl.trans(before), d_C, input_precision=PRECISION)
+            tl.store(dz + at_z, d_gate * y, mask=(t < end)[:, None] & has_column[None, :])
 
     tl.store(dC + at, d_C, mask=mask_C)
