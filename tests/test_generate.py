@@ -94,15 +94,16 @@ def test_a_state_passed_on_from_chunk_to_chunk_of_a_document(model):
 
 
 def test_a_kept_state_goes_on_where_it_stopped(hybrid):
-    options = dict(GREEDY, return_dict_in_generate=True, max_new_tokens=4)
     for side in ("left", "right"):
         batch, mask = padded(side)
+        options = dict(GREEDY, return_dict_in_generate=True, max_new_tokens=4)
         begun = hybrid.generate(batch, attention_mask=mask, **options)
         longer = F.pad(mask, (0, 4), value=1)
-        resumed = hybrid.generate(begun.sequences, attention_mask=longer, past_key_values=begun.past_key_values, **options)
+        options.update(attention_mask=longer, past_key_values=begun.past_key_values)
+        resumed = hybrid.generate(begun.sequences, **options)
         assert torch.equal(resumed.sequences, hybrid.generate(batch, attention_mask=mask, **GREEDY))
         # And a second time: the state is a value.
-        again = hybrid.generate(begun.sequences, attention_mask=longer, past_key_values=begun.past_key_values, **options)
+        again = hybrid.generate(begun.sequences, **options)
         assert torch.equal(again.sequences, resumed.sequences)
 
 
@@ -128,7 +129,7 @@ def test_one_prefix_for_a_batch_of_prompts(hybrid):
 
 def test_beams_equal_beams_without_states(model):
     batch, mask = padded("left")
-    options = {**GREEDY, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, "eos_token_id": 7, "pad_token_id": 8}
+    options = GREEDY | dict(num_beams=4, num_return_sequences=2, length_penalty=0.5, eos_token_id=7, pad_token_id=8)
     for more in (dict(), dict(do_sample=True, top_k=20)):
         texts = []
         for use_cache in (True, False):
@@ -191,7 +192,8 @@ def test_stopping_criteria_and_stop_strings():
 
 
 def test_hidden_states_scores_and_logits_of_each_step(hybrid):
-    options = dict(GREEDY, return_dict_in_generate=True, output_hidden_states=True, output_scores=True, output_logits=True)
+    options = dict(GREEDY, return_dict_in_generate=True)
+    options |= dict(output_hidden_states=True, output_scores=True, output_logits=True)
     output = hybrid.generate(tokens(2, 6), **options)
     assert len(output.hidden_states) == len(output.scores) == len(output.logits) == 8
     assert len(output.hidden_states[0]) == 3 + 1
@@ -213,7 +215,8 @@ def test_a_state_of_other_text_is_refused(hybrid):
     with pytest.raises(ValueError, match=r"past_key_values is of 2 sequences, the prompts are 3"):
         hybrid.generate(tokens(3, 9), past_key_values=hybrid(tokens(2, 5)).past_key_values, **GREEDY)
     # A beam's states are those of the beams when the search ended, not of the sequences it returns.
-    beams = hybrid.generate(document, return_dict_in_generate=True, **{**GREEDY, "num_beams": 3, "num_return_sequences": 3})
+    options = dict(GREEDY, return_dict_in_generate=True, num_beams=3, num_return_sequences=3)
+    beams = hybrid.generate(document, **options)
     with pytest.raises(ValueError, match="not the first 37 of input_ids"):
         hybrid.generate(beams.sequences.flip(0), past_key_values=beams.past_key_values, **GREEDY)
 

@@ -45,6 +45,7 @@ def test_auto_classes_give_back_what_was_saved(model, tmp_path: Path):
     model.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.to_diff_dict() == model.config.to_diff_dict()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is ophis.LanguageModel
     assert not again.training
@@ -116,8 +117,8 @@ def test_device_map(model, where: str, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     places: str | dict[str, str] = where
     if where == "disk":  # every module's own parameters are fetched as it is called, and only then
-        names = [f"backbone.layers.{i}" for i in range(3)]
-        places = {**dict.fromkeys(names, "disk"), "backbone.embeddings": "cpu", "backbone.norm_f": "disk", "lm_head": "cpu"}
+        names = [*(f"backbone.layers.{i}" for i in range(3)), "backbone.norm_f"]
+        places = {**dict.fromkeys(names, "disk"), "backbone.embeddings": "cpu", "lm_head": "cpu"}
     placed = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offloaded")
     )
@@ -210,7 +211,8 @@ def test_a_classifier_from_a_language_model_and_back_from_its_folder(tmp_path: P
     model = build("hybrid", **BYTES)
     folder = save(model, tmp_path / "language")
     names = {0: "prose", 1: "verse", 2: "neither"}
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, id2label=names, pooling="mean")
+    changes = dict(num_labels=3, id2label=names, pooling="mean")
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **changes)
     assert type(classifier) is LanguageModelForSequenceClassification
     for name, parameter in model.backbone.named_parameters():
         assert torch.equal(classifier.backbone.get_parameter(name), parameter)

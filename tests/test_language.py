@@ -183,6 +183,17 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant: bool):
         close(a, b)
 
 
+@torch.no_grad()
+def test_a_model_is_one_graph_for_every_length():
+    """The layers are compiled in tests of their own; here it is what stands around them."""
+    model = build("mamba", num_hidden_layers=1).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for length in (7, 12):
+        found, expected = compiled(tokens(2, length)), model(tokens(2, length))
+        close(found.logits, expected.logits)
+        assert torch.equal(found.past_key_values.fingerprint, expected.past_key_values.fingerprint)
+
+
 def test_initial_values_are_the_published_ones():
     model = build("mamba2 with MLPs", hidden_size=128, num_hidden_layers=6, vocab_size=2000, mamba2=dict(headdim=16))
     assert model.backbone.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.02)

@@ -78,7 +78,7 @@ def test_packed_documents_equal_each_alone(name: str):
 @pytest.mark.parametrize("padding", ["none", "right", "left", "within"])
 def test_documents_packed_in_the_rows_of_a_padded_batch(model, form: str, padding: str):
     rows = [[3, 4], [7], [1, 5, 1]]
-    batch, mask, numbers = torch.zeros(3, 10, dtype=torch.long), torch.zeros(3, 10), torch.zeros(3, 10, dtype=torch.long)
+    batch, mask, numbers = (torch.zeros(3, 10, dtype=torch.long) for _ in range(3))
     places, documents = [], []
     if padding == "none":
         rows = [[3, 7], [10], [1, 8, 1]]
@@ -96,7 +96,8 @@ def test_documents_packed_in_the_rows_of_a_padded_batch(model, form: str, paddin
     alone = [model(d).logits for d in documents]
     for place, logits in zip(places, alone, strict=True):
         close(outputs.logits[place], logits[0])
-    losses = [F.cross_entropy(y[0, :-1].float(), d[0, 1:], reduction="sum") for y, d in zip(alone, documents, strict=True)]
+    pairs = zip(alone, documents, strict=True)
+    losses = [F.cross_entropy(y[0, :-1].float(), d[0, 1:], reduction="sum") for y, d in pairs]
     torch.testing.assert_close(outputs.loss, sum(losses) / sum(d.shape[1] - 1 for d in documents))
 
 
@@ -191,7 +192,7 @@ def test_unknown_arguments_are_refused(arguments: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(attention_mask=torch.ones(2, 1, 6, 6)), r"attention_mask has shape \(2, 1, 6, 6\), expected \(b=2, l=6\)"),
+        (dict(attention_mask=torch.ones(2, 1, 6, 6)), r"has shape \(2, 1, 6, 6\), expected \(b=2, l=6\)"),
         (dict(attention_mask=torch.ones(2, 9)), r"attention_mask has shape \(2, 9\), expected \(b=2, l=6\);"),
         (dict(attention_mask=torch.tensor([[1, 1, 2, 2, 0, 0]] * 2)), "values other than 0 and 1.*seq_idx"),
         (dict(cu_seqlens=OFFSETS), "in a batch of 1, got 2 rows; several rows take seq_idx or position_ids"),
@@ -209,3 +210,32 @@ def test_forms_that_do_not_fit_are_refused(arguments: dict[str, Any], message: s
 def test_queries_and_keys_packed_differently_are_refused():
     with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k differ"):
         build("mamba2")(tokens(1, 29), cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+@pytest.mark.parametrize("name", PATTERNS)
+def test_on_a_gpu_as_on_the_cpu(name: str):
+    """Padded, packed in rows, in chunks with rows of nothing but padding, and the gradients, by the GPU's kernels."""
+    expected, found = build(name).double(), build(name).cuda()
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, :9], mask[1, :5] = 0, 0
+    ids, numbers = tokens(3, 12), torch.tensor([0] * 7 + [1] * 5).expand(3, 12)
+    for arguments in (dict(attention_mask=mask), dict(seq_idx=numbers), dict(attention_mask=mask, seq_idx=numbers)):
+        outputs = [
+            m(ids.to(m.device), labels=ids.to(m.device), **{k: v.to(m.device) for k, v in arguments.items()})
+            for m in (expected, found)
+        ]
+        torch.testing.assert_close(outputs[1].logits.double().cpu(), outputs[0].logits, rtol=1e-3, atol=1e-3)
+        for output in outputs:
+            output.loss.backward()
+        for a, b in zip(expected.parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(b.grad.double().cpu(), a.grad, rtol=1e-2, atol=1e-4)
+            a.grad = b.grad = None
+    options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False, output_logits=True, eos_token_id=None)
+    options["return_dict_in_generate"] = True
+    whole = expected.generate(ids, **options)
+    options["attention_mask"] = mask.cuda()
+    for chunk in (None, 1, 4):
+        parts = found.generate(ids.cuda(), prefill_chunk_size=chunk, **options)
+        torch.testing.assert_close(torch.stack(parts.logits).cpu(), torch.stack(whole.logits), rtol=1e-3, atol=1e-3)

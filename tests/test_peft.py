@@ -12,8 +12,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
 import ophis
+from ophis.models import LanguageModelForEmbedding, LanguageModelForSequenceClassification
 from ophis.models.adapters import ADAPTER_TARGETS, register_adapter_targets
-from tiny_models import PATTERNS, build, close, tokens
+from tiny_models import PATTERNS, build, close, config, tokens
 
 # PEFT uses names that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
@@ -132,6 +133,22 @@ def test_the_convolution_is_trained_whole():
     wrapped.generate(input_ids=IDS, max_new_tokens=2)
     with pytest.raises(ValueError, match="rank is divisible by groups"), pytest.warns(UserWarning, match="groups > 1"):
         adapted(model, target_modules=["conv1d"])
+
+
+def test_heads_take_adapters_and_train_their_own_matrix():
+    torch.manual_seed(0)
+    classifier = LanguageModelForSequenceClassification(config("hybrid", num_labels=3))
+    wrapped = get_peft_model(classifier, LoraConfig(task_type=TaskType.SEQ_CLS, r=4))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wrapped(input_ids=IDS, labels=torch.tensor([0, 2])).loss.backward()
+    assert untrained(wrapped) == []
+    assert any("score" in name for name, p in wrapped.named_parameters() if p.requires_grad)
+    embedder = LanguageModelForEmbedding(config("hybrid"))
+    before = embedder(IDS).embeddings
+    wrapped = get_peft_model(embedder, LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=4))
+    assert torch.equal(wrapped(input_ids=IDS).embeddings, before)  # adapters begin as nothing
 
 
 def test_defaults_are_entered_when_peft_asks_for_them(monkeypatch):

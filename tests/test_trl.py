@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: LoRA learns a chat, packed and padding-free batches give the losses of padded ones, resuming works."""
+"""TRL's SFTTrainer: LoRA learns a chat, packed and padding-free batches lose what padded ones do, resuming works."""
 
 from __future__ import annotations
 
@@ -99,6 +99,15 @@ def test_lora_learns_the_answers_of_a_chat(tokenizer, packing: bool, tmp_path: P
     assert {q: answer(merged, tokenizer, q) for q in CHAT} == CHAT
 
 
+def test_a_model_by_the_name_of_its_folder(tokenizer, tmp_path: Path):
+    model = build("mamba2", **BYTES)
+    model.save_pretrained(tmp_path / "model")
+    run = trainer(str(tmp_path / "model"), tokenizer, tmp_path / "run", max_steps=1)
+    assert type(run.model) is ophis.LanguageModel
+    for name, parameter in model.named_parameters():
+        assert torch.equal(run.model.get_parameter(name), parameter)
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["all parameters", "LoRA"])
 def test_packed_and_padding_free_batches_lose_what_padded_ones_do(tokenizer, adapters: bool, tmp_path: Path):
     """Every step sees all four documents, so that the curves agree if and only if none sees another."""
@@ -120,7 +129,8 @@ def test_packed_and_padding_free_batches_lose_what_padded_ones_do(tokenizer, ada
 
 def test_wrapped_packing_is_one_text_cut_anywhere(tokenizer, tmp_path: Path):
     """It says nothing about where documents end: they read on, as in pretraining, with padding at the end at most."""
-    run = trainer(build("hybrid", **BYTES), tokenizer, tmp_path, packing=True, packing_strategy="wrapped", max_length=32)
+    wrapped = dict(packing=True, packing_strategy="wrapped", max_length=32)
+    run = trainer(build("hybrid", **BYTES), tokenizer, tmp_path, **wrapped)
     batch = next(iter(run.get_train_dataloader()))
     assert "seq_idx" not in batch
     model = build("hybrid", **BYTES)

@@ -25,6 +25,4 @@ __all__ = [
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig, exist_ok=True)
 AutoModel.register(LanguageModelConfig, LanguageBackbone, exist_ok=True)
 AutoModelForCausalLM.register(LanguageModelConfig, LanguageModel, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    LanguageModelConfig, LanguageModelForSequenceClassification, exist_ok=True
-)
+AutoModelForSequenceClassification.register(LanguageModelConfig, LanguageModelForSequenceClassification, exist_ok=True)

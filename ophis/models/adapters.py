@@ -9,7 +9,10 @@ import sys
 # trains it whole.
 ADAPTER_TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "output_linear")
 
-_TABLES = ("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING")
+_TABLES = (
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
+)
 
 
 def register_adapter_targets() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -38,6 +38,7 @@ class LanguageModelConfig(PreTrainedConfig):
     """
 
     model_type = "ophis"
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with the weights; TRL reads it of classes it does not know
 
     vocab_size: int = 50288
     pad_vocab_size_multiple: int = 8

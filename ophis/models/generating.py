@@ -58,14 +58,14 @@ class StatefulGeneration(GenerationMixin):
             total = text.shape[1] if embedded is not None else getattr(generation_config, "_mask_length", text.shape[1])
             unread = _unread(text, state, total if mask is None else mask.shape[1])
             text, mask = text[:, -unread:], None if mask is None else mask[:, -unread:]
-        before, moved = state, None
+        given_text, before = text, None if state is None else state.fingerprint
         if mask is not None and bool((mask[:, -1] == 0).any()):
-            moved = text
             text, mask = _to_the_right(text, mask)
         size = generation_config.prefill_chunk_size or text.shape[1]
         if size < text.shape[1] and state is None:
             raise ValueError("LanguageModel: prefill_chunk_size needs use_cache=True")
-        outputs, read = None, 0
+        outputs: Any = None
+        read = 0
         for piece in text.split(size, 1):
             read += piece.shape[1]
             inputs = self.prepare_inputs_for_generation(
@@ -78,9 +78,9 @@ class StatefulGeneration(GenerationMixin):
             )
             outputs = self(**inputs, return_dict=True)  # type: ignore[operator] (the model that this is a part of)
             state = outputs.past_key_values
-        if moved is not None and state is not None and state.fingerprint is not None:
+        if text is not given_text and state is not None and state.fingerprint is not None:
             # Of the tokens where they were given, which is how they come again with the state.
-            outputs.past_key_values = replace(state, fingerprint=fingerprint(moved, before.fingerprint))
+            outputs.past_key_values = replace(state, fingerprint=fingerprint(given_text, before))
         return outputs
 
     def prepare_inputs_for_generation(
@@ -96,7 +96,7 @@ class StatefulGeneration(GenerationMixin):
         kwargs.pop("tokenizer", None)  # for stop strings; `generate` hands it on
         if next_sequence_length == 1 and not is_first_iteration:
             attention_mask = None  # a generated token is never padding, and a GPU need not be asked about it
-        return super().prepare_inputs_for_generation(
+        return super().prepare_inputs_for_generation(  # type: ignore[misc] (as above)
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,  # type: ignore[arg-type]
@@ -134,11 +134,11 @@ def _unread(text: Tensor, state: ModelState, total: int) -> int:
         return length
     if length <= state.length:
         raise ValueError(
-            f"LanguageModel: the state has read {state.length} tokens, of {length} that are given; give all of them and "
-            "at least one more or, to give only what follows, past_key_values=state.as_prefix()"
+            f"LanguageModel: the state has read {state.length} tokens, of {length} that are given; give all of them "
+            "and at least one more or, to give only what follows, past_key_values=state.as_prefix()"
         )
-    known = state.fingerprint is not None and state.length and not text.is_floating_point()
-    if known and not torch.equal(fingerprint(text[:, : state.length]), state.fingerprint.to(text.device)):
+    known = state.fingerprint if state.length and not text.is_floating_point() else None
+    if known is not None and not torch.equal(fingerprint(text[:, : state.length]), known.to(text.device)):
         raise ValueError(
             f"LanguageModel: the state has read {state.length} tokens, and they are not the first {state.length} of "
             "input_ids; give the text from its beginning or, to give only what follows, "

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from ophis.models.config import LanguageModelConfig
 from ophis.models.language import LanguageBackbone, LanguageModelBase, batch_shape
-from ophis.models.packing import Packing, PackingArguments
-
-if TYPE_CHECKING:
-    from transformers.processing_utils import Unpack
+from ophis.models.packing import Packing
 
 
 class PooledModel(LanguageModelBase):
@@ -36,7 +34,7 @@ class PooledModel(LanguageModelBase):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        arguments: PackingArguments,
+        arguments: Mapping[str, Any],
     ) -> Tensor:
         """(b, hidden_size), or (s, hidden_size) of packed texts."""
         packing = Packing.of(*batch_shape(input_ids, inputs_embeds), attention_mask, arguments)
@@ -54,8 +52,8 @@ class LanguageModelForSequenceClassification(PooledModel):
 
     def __init__(self, config: LanguageModelConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment] (never None once the config is made)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -66,7 +64,7 @@ class LanguageModelForSequenceClassification(PooledModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **arguments: Unpack[PackingArguments],
+        **arguments: Any,
     ) -> SequenceClassifierOutput:
         """Logits (b, num_labels); (s, num_labels) of packed texts.
 
@@ -108,14 +106,14 @@ class LanguageModelForEmbedding(PooledModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **arguments: Unpack[PackingArguments],
+        **arguments: Any,
     ) -> EmbeddingOutput:
         """Embeddings (b, hidden_size), of no particular length. Arguments as for `LanguageBackbone.forward`."""
         return EmbeddingOutput(self.pooled(input_ids, attention_mask, inputs_embeds, arguments))
 
 
 def pool(hidden: Tensor, packing: Packing | None, pooling: str) -> Tensor:
-    """Hidden states (b, l, d) -> (b, d): "last" or "mean" of each sequence's real positions; zeros where it has none."""
+    """Hidden states (b, l, d) -> (b, d): "last" or "mean" of each sequence's real positions; zeros for none."""
     if packing is None:
         return hidden[:, -1] if pooling == "last" else hidden.float().mean(1).to(hidden.dtype)
     hidden = packing.pack(hidden)[0]

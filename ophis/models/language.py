@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ from ophis.layers.ssm_parameters import SSMParameters
 from ophis.models import backbone
 from ophis.models.config import LanguageModelConfig
 from ophis.models.generating import StatefulGeneration
-from ophis.models.packing import Packing, PackingArguments
+from ophis.models.packing import Packing
 from ophis.models.state import ModelState, fingerprint
-
-if TYPE_CHECKING:
-    from transformers.processing_utils import Unpack
 
 
 class LanguageModelBase(PreTrainedModel):
@@ -91,7 +88,7 @@ class LanguageBackbone(LanguageModelBase):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         packing: Packing | None = None,
-        **arguments: Unpack[PackingArguments],
+        **arguments: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (b, l, hidden_size) after the final norm, and the state after the last position.
 
@@ -127,10 +124,10 @@ class LanguageBackbone(LanguageModelBase):
         if keep and packing is not None and packing.documents:
             after = ModelState(states)  # of many texts, each with a length of its own
         elif keep:
-            known = input_ids is not None and (past.fingerprint is not None or not past.length)
-            after = ModelState(
-                states, past.length + shape[1], fingerprint(input_ids, past.fingerprint) if known else None
-            )
+            known = None
+            if input_ids is not None and (past.fingerprint is not None or not past.length):
+                known = fingerprint(input_ids, past.fingerprint)
+            after = ModelState(states, past.length + shape[1], known)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=after,  # type: ignore[arg-type]
@@ -194,7 +191,7 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **arguments: Unpack[PackingArguments],
+        **arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (b, l, vocab_size), and the state after the last position.
 

@@ -161,18 +161,16 @@ def _offsets(arguments: Mapping[str, Any], rows: int) -> Tensor | None:
         return None
     if rows != 1:
         raise ValueError(
-            f"LanguageModel: cu_seqlens and cu_seq_lens_q pack sequences in a batch of 1, got {rows} rows; several rows "
-            f"take seq_idx or position_ids of shape (b={rows}, l)"
+            f"LanguageModel: cu_seqlens and cu_seq_lens_q pack sequences in a batch of 1, got {rows} rows; several "
+            f"rows take seq_idx or position_ids of shape (b={rows}, l)"
         )
     # Comparing tensors on a GPU would wait for it.
     if keys is not None and keys is not offsets and keys.device.type == "cpu" and not torch.equal(keys, offsets):
-        raise ValueError("LanguageModel: cu_seq_lens_q and cu_seq_lens_k differ; this model reads one sequence at a time")
+        raise ValueError("LanguageModel: cu_seq_lens_q and cu_seq_lens_k differ; the sequences are the same for both")
     return offsets.to(torch.int32)
 
 
-def _numbers(
-    arguments: Mapping[str, Any], offsets: Tensor | None, rows: int, length: int
-) -> tuple[Tensor, int] | None:
+def _numbers(arguments: Mapping[str, Any], offsets: Tensor | None, rows: int, length: int) -> tuple[Tensor, int] | None:
     """Numbers (b, l) of the positions, and by how much they grow from one to the next within a sequence."""
     if offsets is not None:
         starts = torch.zeros(length + 1, dtype=torch.int64, device=offsets.device).index_fill(0, offsets.long(), 1)

@@ -74,16 +74,12 @@ def fingerprint(ids: Tensor, before: Tensor | None = None) -> Tensor:
     The polynomial sum_i (id_i + 1) m^(l-1-i), modulo 2^64: a few integer operations, and no two texts that differ by
     accident have the same.
     """
-    l = ids.shape[1]
     ids = ids.long() + 1
-    if l > 1:
-        powers = torch.full((l,), _MULTIPLIER, dtype=torch.int64, device=ids.device)
+    if ids.shape[1] == 1:  # decoding, where every operation counts
+        total, factor = ids[:, 0], _MULTIPLIER
+    else:
+        powers = torch.full((ids.shape[1] + 1,), _MULTIPLIER, dtype=torch.int64, device=ids.device)
         powers[0] = 1
-        ids = ids * powers.cumprod(0).flip(0)
-    total = ids.sum(1)
-    return total if before is None else total + before * _wrapped(pow(_MULTIPLIER, l, 2**64))
-
-
-def _wrapped(number: int) -> int:
-    """A number modulo 2^64 as the int64 of the same bits."""
-    return number - 2**64 if number >= 2**63 else number
+        powers = powers.cumprod(0)
+        total, factor = (ids * powers[:-1].flip(0)).sum(1), powers[-1]
+    return total if before is None else total + before * factor
