@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 import ophis
 from ophis.models import ModelState
@@ -225,6 +232,8 @@ def test_what_generate_cannot_do_says_so(hybrid):
     ids = tokens(1, 6)
     with pytest.raises(TypeError, match="past_key_values is a DynamicCache, expected the ModelState"):
         hybrid.generate(ids, past_key_values=DynamicCache(), **GREEDY)
+    with pytest.raises(TypeError, match="past_key_values is a DynamicCache, expected the ModelState"):
+        hybrid(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation='static' is for attention caches"):
         hybrid.generate(ids, cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="use_cache=False, but a state to go on from is given"):
@@ -236,6 +245,9 @@ def test_what_generate_cannot_do_says_so(hybrid):
         hybrid.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         hybrid.generate(ids, assistant_model=build("mamba2"), **GREEDY)
+    llama = LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="an assistant rejects tokens, and this one's state cannot be cut back"):
+        LlamaForCausalLM(llama).generate(ids, assistant_model=build("mamba2"), max_new_tokens=4)
     with pytest.raises(ValueError, match="not used by the model.*colour"):
         hybrid.generate(ids, colour="blue", **GREEDY)
 

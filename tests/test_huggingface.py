@@ -93,6 +93,15 @@ def test_a_resized_vocabulary_is_saved_as_it_is(rows: int, tied: bool, tmp_path:
         again(torch.tensor([[rows]]))
 
 
+def test_a_classifier_of_a_resized_vocabulary(tmp_path: Path):
+    classifier = LanguageModelForSequenceClassification(config("mamba2", pad_vocab_size_multiple=8))
+    classifier.resize_token_embeddings(70)
+    classifier.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = torch.tensor([[69, 3]])
+    assert torch.equal(again(ids).logits, classifier.eval()(ids).logits)
+
+
 def test_push_to_hub_sends_the_whole_model(monkeypatch, tmp_path: Path):
     def commit(self, repo_id, operations, **kwargs):
         for operation in operations:

@@ -23,23 +23,18 @@ class StatefulGeneration(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """From an empty `ModelState`, or from the one given."""
-        name, state = type(self).__name__, model_kwargs.get("past_key_values")
+        state = model_kwargs.get("past_key_values")
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"{name}: cache_implementation={generation_config.cache_implementation!r} is for attention "
+                f"LanguageModel: cache_implementation={generation_config.cache_implementation!r} is for attention "
                 "caches; leave it out, the state of this model has one form"
             )
         if generation_config.is_assistant:
-            raise ValueError(f"{name} cannot be an assistant model: its state cannot be cut back to an earlier token")
-        if state is not None and not isinstance(state, ModelState):
-            raise TypeError(
-                f"{name}: past_key_values is a {type(state).__name__}, expected the ModelState of an earlier call; "
-                "leave it out to begin anew"
-            )
-        if generation_config.use_cache and state is None:
-            model_kwargs["past_key_values"] = ModelState()
-        elif not generation_config.use_cache and state is not None:
-            raise ValueError(f"{name}: use_cache=False, but a state to go on from is given as past_key_values")
+            raise ValueError("LanguageModel: an assistant rejects tokens, and this one's state cannot be cut back")
+        if not generation_config.use_cache and state is not None:
+            raise ValueError("LanguageModel: use_cache=False, but a state to go on from is given as past_key_values")
+        if generation_config.use_cache:
+            model_kwargs["past_key_values"] = ModelState.of(state)
 
     def _prefill(
         self,

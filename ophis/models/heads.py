@@ -23,12 +23,6 @@ class PooledModel(LanguageModelBase):
         super().__init__(config)
         self.backbone = LanguageBackbone(config)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.embeddings = value
-
     def pooled(
         self,
         input_ids: Tensor | None,

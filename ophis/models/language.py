@@ -26,6 +26,7 @@ class LanguageModelBase(PreTrainedModel):
     config: LanguageModelConfig
     config_class = LanguageModelConfig
     base_model_prefix = "backbone"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' protocol)
@@ -72,12 +73,6 @@ class LanguageBackbone(LanguageModelBase):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
-
     @can_return_tuple
     def forward(
         self,
@@ -104,7 +99,7 @@ class LanguageBackbone(LanguageModelBase):
                 transformers' collators (`PackingArguments`); states then have one row a sequence.
         """
         shape = batch_shape(input_ids, inputs_embeds)
-        past = past_key_values if past_key_values is not None else ModelState()
+        past = ModelState.of(past_key_values)
         if packing is None:
             packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -167,18 +162,6 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
         self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     @can_return_tuple
     def forward(
         self,
@@ -203,12 +186,12 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
                 where a step's batch comes in parts.
             The others: as for `LanguageBackbone.forward`.
         """
-        continued = past_key_values is not None and past_key_values.layers is not None
-        packing = Packing.of(*batch_shape(input_ids, inputs_embeds), attention_mask, arguments, continued=continued)
+        shape, past = batch_shape(input_ids, inputs_embeds), ModelState.of(past_key_values)
+        packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=past,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             packing=packing,

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 _MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator; sums are modulo 2^64, as int64 wraps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelState:
     """What the layers remember, one entry each, after `length` positions (padding counted).
 
@@ -26,6 +26,16 @@ class ModelState:
     layers: tuple[Any, ...] | None = None  # None: before the first position
     length: int = 0
     fingerprint: Tensor | None = None  # (b,) int64, of the token ids read; None where they are not known
+
+    @classmethod
+    def of(cls, past: Any) -> ModelState:
+        """The state that a call is given to go on from; the empty one for None. Another cache is a TypeError."""
+        if past is not None and not isinstance(past, cls):
+            raise TypeError(
+                f"LanguageModel: past_key_values is a {type(past).__name__}, expected the ModelState of an earlier "
+                "call; leave it out to begin anew"
+            )
+        return cls() if past is None else past
 
     # The part of transformers' cache protocol that `generate` calls.
     is_compileable = False
