@@ -124,6 +124,17 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_texts(model, side: str):
         torch.testing.assert_close(padded[name], gradient, rtol=1e-5, atol=1e-8)
 
 
+def test_the_loss_of_a_text_with_padding_within():
+    """As of a prompt padded on the right and its continuation: what comes behind the padding has no neighbour."""
+    model, text = build("hybrid").double(), tokens(1, 9)
+    gap = torch.cat([text[:, :5], torch.zeros(1, 3, dtype=torch.long), text[:, 5:]], 1)
+    mask = torch.ones_like(gap)
+    mask[:, 5:8] = 0
+    losses = F.cross_entropy(model(text).logits[0, :-1].float(), text[0, 1:], reduction="none")
+    losses = torch.cat([losses[:4], losses[5:]])  # but for the token behind the gap
+    torch.testing.assert_close(model(gap, attention_mask=mask, labels=gap).loss, losses.mean())
+
+
 def test_what_says_nothing_new_changes_nothing():
     ones, positions = torch.ones(2, 6), torch.arange(6).expand(2, 6)
     assert Packing.of(2, 6, ones, {}) is None

@@ -133,15 +133,34 @@ def test_predictions_carry_no_states(tmp_path: Path):
     assert found.metrics["test_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
 
 
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = TOKENIZER.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.5, -1.0, 0.0], [0, 1, 2, 1]], ids=["numbers", "classes"])
+def test_accumulated_parts_of_a_classifier_equal_one_batch(labels: list[Any], tmp_path: Path):
+    data = [{"input_ids": TOKENIZER(q).input_ids, "labels": y} for q, y in zip(CHAT, labels, strict=True)]
+    runs = []
+    for size, parts in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        classes = 1 if isinstance(labels[0], float) else 3
+        run = Trainer(
+            model=LanguageModelForSequenceClassification(config("mamba2", num_labels=classes, **BYTES)),
+            args=arguments(tmp_path, max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=parts),
+            train_dataset=data,
+            data_collator=collate,
+        )
+        run.train()
+        runs.append(losses(run))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
 def test_a_classifier_learns(tmp_path: Path):
     torch.manual_seed(0)
     classifier = LanguageModelForSequenceClassification(config("mamba2", num_labels=2, pooling="mean", **BYTES))
     texts = ["up and up", "upwards", "going up", "down there", "downhill", "go down"]
     data = [{"input_ids": TOKENIZER(t).input_ids, "labels": int("down" in t)} for t in texts]
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = TOKENIZER.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
     before = copy.deepcopy(classifier.score.weight)
     run = Trainer(

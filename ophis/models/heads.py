@@ -44,6 +44,8 @@ class LanguageModelForSequenceClassification(PooledModel):
     model = LanguageModelForSequenceClassification.from_pretrained("a/saved/language/model", num_labels=3)
     """
 
+    accepts_loss_kwargs = False  # the loss is a mean over texts: `Trainer` divides it by a step's parts itself
+
     def __init__(self, config: LanguageModelConfig):
         super().__init__(config)
         self.num_labels: int = config.num_labels  # type: ignore[assignment] (never None once the config is made)
@@ -57,7 +59,6 @@ class LanguageModelForSequenceClassification(PooledModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         **arguments: Any,
     ) -> SequenceClassifierOutput:
         """Logits (b, num_labels); (s, num_labels) of packed texts.
@@ -67,14 +68,11 @@ class LanguageModelForSequenceClassification(PooledModel):
                 nothing is padding.
             labels: a class for each text, (b,) integers; numbers where num_labels is 1; (b, num_labels) of 0 and 1
                 where any may hold. `config.problem_type` says which, by transformers' names; without it the labels do.
-            num_items_in_batch: as for `LanguageModel.forward`.
         """
         logits = self.score(self.pooled(input_ids, attention_mask, inputs_embeds, arguments))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
-            )
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

@@ -111,17 +111,21 @@ class Packing(NamedTuple):
         return batch.unflatten(0, (self.rows, self.length))
 
     def mask_labels(self, labels: Tensor) -> Tensor:
-        """Labels (b, l) without those at padding, and those of each sequence's first token, which follows nothing."""
+        """Labels (b, l) of what follows a token of its own sequence: not of padding, nor of what comes behind it."""
         starts = self.cu_seqlens[:-1].long().to(labels.device)
-        packed = F.pad(self.pack(labels), (0, 1))  # an empty sequence at the end starts behind the last position
-        return self.unpack(packed.index_fill(1, starts, IGNORED)[:, :-1], IGNORED)
+        packed = self.pack(labels)
+        follows_nothing = torch.zeros(packed.shape[1] + 1, dtype=torch.bool, device=labels.device)
+        follows_nothing = follows_nothing.index_fill(0, starts, True)[:-1]  # an empty sequence may start at the end
+        if self.places is not None:
+            follows_nothing = follows_nothing | F.pad(self.places.diff() != 1, (1, 0), value=True).to(labels.device)
+        return self.unpack(packed.masked_fill(follows_nothing, IGNORED), IGNORED)
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
     known = PackingArguments.__annotations__
     for name, value in arguments.items():
-        as_ever = value is None or value is (name == "is_causal")  # most flags ask for something by being true
-        if name not in known and not as_ever:
+        asks_for_nothing = value is None or value is (name == "is_causal")  # other flags do so by being false
+        if name not in known and not asks_for_nothing:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"LanguageModel: {name}={_short(value)} is not something that this model can do{hint}")
