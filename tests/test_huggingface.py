@@ -41,7 +41,9 @@ def save(model: torch.nn.Module, folder: Path) -> str:
     return str(folder)
 
 
-def test_auto_classes_give_back_what_was_saved(model, tmp_path: Path):
+@pytest.mark.parametrize("name", ["mamba2 with MLPs", "hybrid", "transformer++", "s4d"])
+def test_auto_classes_give_back_what_was_saved(name: str, tmp_path: Path):
+    model = build(name)
     model.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.to_diff_dict() == model.config.to_diff_dict()
@@ -58,7 +60,7 @@ def test_auto_classes_give_back_what_was_saved(model, tmp_path: Path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_head_is_stored_once_and_shared_again(tied: bool, tmp_path: Path):
-    model = build("mamba2", tie_word_embeddings=tied)
+    model = build("hybrid", tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 (not a dict)
@@ -70,7 +72,7 @@ def test_a_tied_head_is_stored_once_and_shared_again(tied: bool, tmp_path: Path)
 def test_shards_and_half_precision(model, tmp_path: Path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = ophis.LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = {name for name, p in model.to(torch.bfloat16).named_parameters() if p.dtype == torch.float32}
     assert {name for name, p in half.named_parameters() if p.dtype == torch.float32} == expected
     assert half(tokens(1, 5)).logits.isfinite().all()
@@ -79,7 +81,7 @@ def test_shards_and_half_precision(model, tmp_path: Path):
 @pytest.mark.parametrize("rows", [40, 70, 72])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary_is_saved_as_it_is(rows: int, tied: bool, tmp_path: Path):
-    model = build("mamba2", pad_vocab_size_multiple=8, tie_word_embeddings=tied)
+    model = build("hybrid", pad_vocab_size_multiple=8, tie_word_embeddings=tied)
     ids = torch.randint(40, (1, 9))
     before = model(ids).logits
     model.resize_token_embeddings(rows)
@@ -128,7 +130,7 @@ def test_device_map(model, where: str, tmp_path: Path):
     if where == "disk":  # every module's own parameters are fetched as it is called, and only then
         names = [*(f"backbone.layers.{i}" for i in range(3)), "backbone.norm_f"]
         places = {**dict.fromkeys(names, "disk"), "backbone.embeddings": "cpu", "lm_head": "cpu"}
-    placed = AutoModelForCausalLM.from_pretrained(
+    placed = ophis.LanguageModel.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offloaded")
     )
     batch, mask = tokens(2, 9), torch.ones(2, 9)
@@ -238,7 +240,7 @@ def test_a_classifier_from_a_language_model_and_back_from_its_folder(tmp_path: P
 
 
 def test_embeddings_from_a_language_model(tmp_path: Path):
-    folder = save(build("mamba2", **BYTES), tmp_path)
+    folder = save(build("hybrid", **BYTES), tmp_path)
     embedder = LanguageModelForEmbedding.from_pretrained(folder, pooling="mean")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")

@@ -100,7 +100,7 @@ def test_lora_learns_the_answers_of_a_chat(tokenizer, packing: bool, tmp_path: P
 
 
 def test_a_model_by_the_name_of_its_folder(tokenizer, tmp_path: Path):
-    model = build("mamba2", **BYTES)
+    model = build("hybrid", **BYTES)
     model.save_pretrained(tmp_path / "model")
     run = trainer(str(tmp_path / "model"), tokenizer, tmp_path / "run", max_steps=1)
     assert type(run.model) is ophis.LanguageModel
