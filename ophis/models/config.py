@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ophis.models.adapters import register_adapter_targets
 from ophis.models.backbone import MIXERS
 
 # What transformers itself keeps in a config beside the fields.
-_HOUSEKEEPING = {"model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
+_HOUSEKEEPING = {
+    "model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation", "num_labels",
+}  # fmt: skip
+POOLINGS = ("last", "mean")
 
 
 class LanguageModelConfig(PreTrainedConfig):
@@ -29,9 +33,12 @@ class LanguageModelConfig(PreTrainedConfig):
         residual_in_fp32: keep the residual stream in float32.
         initializer_range: standard deviation of the initial embeddings.
         tie_word_embeddings: the head shares the embedding's weights.
+        pooling: what classification and embedding models take of a text: the output at its "last" token, or the
+            "mean" over all.
     """
 
     model_type = "ophis"
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with the weights; TRL reads it of classes it does not know
 
     vocab_size: int = 50288
     pad_vocab_size_multiple: int = 8
@@ -47,6 +54,7 @@ class LanguageModelConfig(PreTrainedConfig):
     residual_in_fp32: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    pooling: str = "last"
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 0
@@ -63,6 +71,8 @@ class LanguageModelConfig(PreTrainedConfig):
         for kind in self.pattern or ["nothing"]:
             if kind not in MIXERS:
                 raise ValueError(f"LanguageModelConfig: pattern names {kind!r}, expected some of {', '.join(MIXERS)}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"LanguageModelConfig: pooling is {self.pooling!r}, expected {' or '.join(POOLINGS)}")
         for kind, layer in MIXERS.items():
             parameters = inspect.signature(layer).parameters
             options = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"device", "dtype"}
@@ -73,6 +83,10 @@ class LanguageModelConfig(PreTrainedConfig):
                 if kind in self.pattern and parameters[key].default is parameters[key].empty and not self.options(kind):
                     raise ValueError(f"LanguageModelConfig: {kind} needs {key}: {kind}={{{key!r}: ...}}")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        register_adapter_targets()  # PEFT asks for this dict, then for the targets of its model_type
+        return super().to_dict()
 
     def options(self, kind: str) -> dict[str, Any]:
         """Keyword arguments of that kind of mixer, where they differ from its defaults."""
