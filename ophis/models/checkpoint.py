@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ophis.models.config import LanguageModelConfig
-from ophis.models.gguf_format import gguf_name, gguf_shape, is_gguf, open_gguf, values_from_gguf
+from ophis.models.gguf_file import is_gguf, open_gguf
+from ophis.models.gguf_format import gguf_name, gguf_shape, values_from_gguf
 from ophis.models.language import LanguageModel
 from ophis.models.official_format import is_official, to_official
 from ophis.models.weight_files import CheckpointError, StoredTensor, stored_tensors, weight_files

@@ -1,17 +1,13 @@
-"""GGUF files of Mamba, Falcon-Mamba and Mamba-2, as llama.cpp reads them, in both directions.
+"""The keys, names, shapes and values of Mamba, Falcon-Mamba and Mamba-2 in GGUF files, in both directions.
 
-One file holds the configuration as keys, the tensors, and the tokenizer (`gguf_tokenizer.py`). All of it is what
-llama.cpp's converter makes of a folder of transformers', so keys are translated to and from transformers', and a model
-that transformers has not cannot be written. Shapes are given here as PyTorch has them; GGUF turns them around.
+All of it is what llama.cpp's converter makes of a folder of transformers'. So keys are translated to and from
+transformers', and a model that transformers has not cannot be written. Shapes are PyTorch's; GGUF turns them around.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +15,6 @@ from torch import Tensor
 
 from ophis.models.config import LanguageModelConfig
 from ophis.models.transformers_format import fields_from_transformers, fields_to_transformers
-from ophis.models.weight_files import CheckpointError, Progress, StoredTensor
-
-# The type of the large matrices, and GGUF's name for a file of them. Vectors, norms and the convolution's weights are
-# float32 in each.
-TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-BLOCK = 32  # numbers of a row that share a scale in Q8_0; a matrix whose rows are no multiple of it is F16
 
 # transformers' model_type -> the file's architecture, which begins its keys
 ARCHITECTURES = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}
@@ -66,18 +56,6 @@ BLOCK_NAMES = {
     "mixer.norm.weight": "ssm_norm.weight",
     "mixer.out_proj.weight": "ssm_out.weight",
 }
-
-
-class Contents(NamedTuple):
-    """An opened file."""
-
-    config: LanguageModelConfig
-    tensors: dict[str, StoredTensor]  # with their names and shapes there; read, they are float32
-    keys: dict[str, Any]
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
 
 
 def gguf_package() -> Any:
@@ -175,84 +153,3 @@ def config_from_gguf(keys: dict[str, Any], rows: int, tied: bool) -> LanguageMod
         theirs["expand"] = theirs["intermediate_size"] // theirs["hidden_size"]
         theirs["head_dim"] = theirs["intermediate_size"] // theirs["num_heads"]
     return LanguageModelConfig(**fields_from_transformers(theirs))
-
-
-def open_gguf(path: Path) -> Contents:
-    """What a file holds. Its tensors are taken out of it when read.
-
-    Raises:
-        CheckpointError: a damaged file, or one of another architecture.
-    """
-    gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
-        keys = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # IndexError, KeyError, UnicodeDecodeError: whatever reading nonsense ends in
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or convert it again") from error
-    tensors = {
-        tensor.name: StoredTensor(tuple(map(int, reversed(tensor.shape))), torch.float32, partial(_read, gguf, tensor))
-        for tensor in reader.tensors
-    }
-    try:
-        embedding = tensors[NAMES["backbone.embeddings.weight"]]
-        config = config_from_gguf(keys, embedding.shape[0], NAMES["lm_head.weight"] not in tensors)
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: {reason}") from error
-    return Contents(config, tensors, keys)
-
-
-def _read(gguf: Any, tensor: Any) -> Tensor:
-    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return torch.from_numpy(values.copy() if values.base is not None else values)
-
-
-def write_gguf(
-    path: Path,
-    config: LanguageModelConfig,
-    tensors: dict[str, StoredTensor],
-    *,
-    file_type: str,
-    describe: Callable[[Any], object],
-    progress: Progress,
-) -> None:
-    """A file with these tensors, given by their names here, one after the other in memory.
-
-    Args:
-        file_type: of the large matrices: "f32", "f16" or "q8_0".
-        describe: is given the `gguf.GGUFWriter`, once it knows the tensors, to add the general and the tokenizer's keys.
-    """
-    gguf = gguf_package()
-    kind, fields = fields_to_gguf(config)
-    writer = gguf.GGUFWriter(path=None, arch=kind)
-    types = {}
-    for name, tensor in tensors.items():
-        there, shape = gguf_name(name), gguf_shape(name, tensor.shape, config)
-        types[name] = stored = _type_of(gguf, there, shape, file_type)
-        size = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, stored))
-        writer.add_tensor_info(there, shape, np.float32, size, raw_dtype=stored)
-    describe(writer)
-    for key, value in fields.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[value.__class__]
-        add(f"{kind}.{key}", value)
-    writer.add_file_type(gguf.LlamaFileType[TYPES[file_type]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in tensors.items():
-            values = gguf_values(name, tensor.read()).float().reshape(gguf_shape(name, tensor.shape, config))
-            writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), types[name]))
-            progress(tensor.nbytes)
-    finally:
-        writer.close()
-
-
-def _type_of(gguf: Any, name: str, shape: tuple[int, ...], file_type: str) -> Any:
-    """As the converter decides it."""
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", "ssm_conv1d.weight")):
-        return gguf.GGMLQuantizationType.F32
-    if file_type == "q8_0" and shape[-1] % BLOCK:
-        return gguf.GGMLQuantizationType.F16
-    return gguf.GGMLQuantizationType[file_type.upper()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -13,6 +16,7 @@ from ophis.layers.mamba import StepProjection
 from ophis.layers.ssm_parameters import SSMParameters
 from ophis.models import backbone
 from ophis.models.config import LanguageModelConfig
+from ophis.models.official_format import NAMES
 from ophis.models.padding import Ragged
 from ophis.models.state import ModelState
 
@@ -26,6 +30,16 @@ class LanguageModelBase(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' protocol)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """transformers' own, for each of the folders that `ophis.load` reads: the configuration sees to their keys."""
+        renamed = {f"^{re.escape(theirs)}$": ours for theirs, ours in NAMES.items()}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"key_mapping": renamed, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "key_mapping" not in kwargs and getattr(model, "hf_quantizer", None) is None:
+            model._weight_conversions = None  # or `save_pretrained` would give tensors their official names back
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -126,13 +126,13 @@ def write_safetensors(
 
 
 def write_pickle(folder: Path, tensors: dict[str, StoredTensor], *, progress: Progress) -> None:
-    """pytorch_model.bin: a state_dict, by torch.save."""
-    held = {name: tensor.read() for name, tensor in tensors.items()}
-    for name, tensor in held.items():
+    """pytorch_model.bin: a state_dict, by torch.save. What stands under two names is stored once."""
+    held = {id(tensor): tensor.read() for tensor in tensors.values()}
+    for key, tensor in held.items():
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a view, with which all it views would be written
-            held[name] = tensor.clone()
+            held[key] = tensor.clone()
     with open(folder / PICKLE, "wb") as file:
-        torch.save(held, _Counted(file, progress))
+        torch.save({name: held[id(tensor)] for name, tensor in tensors.items()}, _Counted(file, progress))
 
 
 class _Counted(io.RawIOBase):
