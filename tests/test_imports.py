@@ -18,7 +18,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "ops": (set(), set()),
     "layers": ({"ops"}, set()),
-    "models": ({"ops", "layers", "files"}, {"transformers", "safetensors", "huggingface_hub", "tokenizers", "gguf", "numpy"}),
+    "models": (
+        {"ops", "layers", "files"},
+        {"transformers", "safetensors", "huggingface_hub", "tokenizers", "gguf", "numpy"},
+    ),
     "generation": ({"ops", "layers", "models"}, {"transformers", "tokenizers"}),
     "files": (set(), set()),
     "training": (

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import ophis
+from ophis.models.language import LanguageBackbone
 from ophis.models.loading import CheckpointError
 from ophis.models.official_format import fields_from_official, to_official
 
@@ -177,6 +178,22 @@ def test_official_round_trip_is_exact(kind: str, how: str, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     again.save_pretrained(tmp_path / "ours")
     assert torch.equal(ophis.load(tmp_path / "ours")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("how", ["pickle", "safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_official_folders_through_from_pretrained(kind: str, how: str, tmp_path):
+    model = official_model(kind)
+    write_official(tmp_path, kind, official_tensors(model), how)
+    again, report = ophis.LanguageModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    again.save_pretrained(tmp_path / "ours")  # under the names here, whatever they were read from
+    assert torch.equal(ophis.load(tmp_path / "ours")(ids).logits, model(ids).logits)
+    backbone = LanguageBackbone.from_pretrained(tmp_path)
+    assert torch.equal(backbone.embeddings.weight, model.backbone.embeddings.weight)
 
 
 def test_official_weights_can_be_cast_trained_and_go_without_a_tied_head(official):

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="ophis", description="State-space sequence models: train them, let them write, take them elsewhere.")
+    top = Parser(
+        prog="ophis", description="State-space sequence models: train them, let them write, take them elsewhere."
+    )
     top.add_argument("--version", action="version", version=f"ophis {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -7,8 +7,8 @@ From any of these, and to any:
   official      that of the state-spaces/* models, for mamba_ssm
   gguf          one file, for llama.cpp
 
-What the target cannot express is refused. The tokenizer goes along; the state-spaces/* models come without theirs, which
-is --tokenizer EleutherAI/gpt-neox-20b.
+What the target cannot express is refused. The tokenizer goes along; the state-spaces/* models come without theirs,
+which is --tokenizer EleutherAI/gpt-neox-20b.
 """
 
 from __future__ import annotations

@@ -12,18 +12,23 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from ophis.models import LanguageModel
+from ophis.models.hub import local_folder
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in a model's folder.
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in a model's folder, or that of a name on the hub.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: there is, but damaged.
     """
-    path = Path(folder) / "tokenizer.json"
+    folder = local_folder(name_or_folder, weights=False)
+    path = folder / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json, so its model's tokens cannot be read as text")
+        raise FileNotFoundError(
+            f"{name_or_folder} has no tokenizer.json, so its model's tokens cannot be read as text; name a tokenizer "
+            "by --tokenizer, EleutherAI/gpt-neox-20b for one of the state-spaces models"
+        )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
@@ -58,6 +63,11 @@ def generate_text(
         raise ValueError(f"top-p is {top_p}, expected more than 0 and at most 1")
     if max_new_tokens < 1:
         raise ValueError(f"the number of new tokens is {max_new_tokens}, expected at least 1")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size} rows for them; it is the "
+            "tokenizer of another model"
+        )
     ids = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
     if seed is not None:
         torch.manual_seed(seed)

@@ -64,7 +64,8 @@ def convert(
         target: the folder to make; for "gguf" the file, whose name ends in .gguf.
         to: "ophis", this library's layout, which can express every model; "transformers", a pure Mamba, Mamba-2 or
             Falcon-Mamba, which vLLM, llama.cpp and mlx-lm read too; "official", that of the state-spaces/* models;
-            "gguf", for llama.cpp.
+            "gguf", for llama.cpp. The official config.json has no place for the special tokens' numbers; they are in
+            generation_config.json, which goes along with the tokenizer.
         file_type: for "gguf", of the large matrices: "f32" (when None), "f16" or "q8_0".
         max_shard_size: for "ophis" and "transformers", of each file of weights; "5GB" when None.
         tokenizer: a folder, or a name on the hub, whose tokenizer goes along instead of the source's own.

@@ -108,7 +108,9 @@ def fields_to_gguf(config: LanguageModelConfig) -> tuple[str, dict[str, Any]]:
     kind = ARCHITECTURES[theirs["model_type"]]
     inner, width = theirs["intermediate_size"], theirs["hidden_size"]
     if theirs["use_bias"] or not theirs["use_conv_bias"]:
-        raise ValueError("its biases are not llama.cpp's, which has one in the convolution, and none in the projections")
+        raise ValueError(
+            "its biases are not llama.cpp's, which has one in the convolution, and none in the projections"
+        )
     if kind == "mamba" and inner != 2 * width:
         raise ValueError(f"its inner width is {inner}; llama.cpp's Mamba has twice the outer one, {width}")
     low, high = config.all_options(config.mixers[0]).get("dt_limit", (0.0, math.inf))

@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file, to and from a tokenizer.json: byte-level BPE with GPT-2's rule for splitting text.
 
-GPT-NeoX's is one, which the published Mamba models have, and so are `ophis train`'s bytes. llama.cpp knows the splitting
-rules of other tokenizers by name; one with another rule is refused, for it would load and read text differently.
+GPT-NeoX's is one, which the published Mamba models have, and so are `ophis train`'s bytes. llama.cpp knows the rules of
+other tokenizers by name; one with another rule is refused, for it would load and read text differently.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def read_tokenizer_json(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        contents["model"]["vocab"], contents["added_tokens"]  # noqa: B018
+        if not isinstance(contents["model"], dict) or not isinstance(contents["added_tokens"], list):
+            raise TypeError("its model and added_tokens are of other types")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or not a file of the tokenizers library: {error}") from error
     return contents
@@ -48,7 +49,7 @@ def check_vocabulary(folder: Path, rows: int) -> None:
         ValueError: it has not; both numbers are named.
     """
     contents = read_tokenizer_json(folder)
-    if contents is None or not isinstance(contents["model"]["vocab"], dict):
+    if contents is None or not isinstance(contents["model"].get("vocab"), dict):  # a list of (token, score), perhaps
         return
     last = max([*contents["model"]["vocab"].values(), *(token["id"] for token in contents["added_tokens"])], default=-1)
     if last >= rows:
@@ -71,7 +72,9 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     check_vocabulary(folder, rows)
     reason = _why_not(contents)
     if reason is not None:
-        raise ValueError(f"its tokenizer {reason}, and only byte-level BPE that splits text as GPT-2's can be written: {ADVICE}")
+        raise ValueError(
+            f"its tokenizer {reason}, and only byte-level BPE that splits text as GPT-2's can be written: {ADVICE}"
+        )
     vocabulary = contents["model"]["vocab"]
     tokens = {number: (token, NORMAL) for token, number in vocabulary.items()}
     for added in contents["added_tokens"]:
@@ -97,7 +100,9 @@ def tokenizer_from_gguf(keys: dict[str, Any]) -> PreTrainedTokenizerFast:
     """
     model, rule = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
     if model != MODEL or rule not in RULES:
-        raise ValueError(f"its tokenizer is of kind {model!r} {rule!r}, and {MODEL!r} {RULES[0]!r} can be read: {ADVICE}")
+        raise ValueError(
+            f"its tokenizer is of kind {model!r} {rule!r}, and {MODEL!r} {RULES[0]!r} can be read: {ADVICE}"
+        )
     tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in keys["tokenizer.ggml.merges"] if merge != NO_MERGE]
     vocabulary = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}

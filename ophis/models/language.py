@@ -38,7 +38,8 @@ class LanguageModelBase(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"key_mapping": renamed, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if "key_mapping" not in kwargs and getattr(model, "hf_quantizer", None) is None:
-            model._weight_conversions = None  # or `save_pretrained` would give tensors their official names back
+            # Or `save_pretrained` would give tensors their official names back.
+            model._weight_conversions = None  # type: ignore[assignment]
         return loaded
 
     @torch.no_grad()

@@ -2,8 +2,8 @@
 
 Their config.json has no model_type; d_model and n_layer tell it. Tensors have the same shapes, and parts in the same
 order (in_proj of Mamba-2 [z, x, B, C, dt], of attention [q, k, v]; fc1 [value, gate]): only names are translated. The
-official loader reads config.json into a class that refuses keys it does not know, and one pytorch_model.bin, in which the
-head is stored although it is tied.
+official loader reads config.json into a class that refuses keys it does not know, and one pytorch_model.bin, in which
+the head is stored although it is tied.
 """
 
 from __future__ import annotations
@@ -112,15 +112,19 @@ def fields_to_official(config: LanguageModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: says what of the configuration the official model has not.
     """
-    if config.norm_eps != OFFICIAL_NORM_EPSILON:
-        raise ValueError(f"its norms have an epsilon of {config.norm_eps:g}; the official ones {OFFICIAL_NORM_EPSILON:g}")
-    if config.intermediate_size % MULTIPLE:
-        raise ValueError(f"intermediate_size is {config.intermediate_size}; the official one is a multiple of {MULTIPLE}")
     recurrent = sorted(set(config.mixers) - {"attention"})
     if len(recurrent) > 1 or not set(recurrent) <= set(LAYERS.values()):
         raise ValueError(
-            f"its blocks are of {' and '.join(sorted(set(config.mixers)))}; the official model has attention and one of "
-            f"{' or '.join(LAYERS.values())}"
+            f"its blocks are of {' and '.join(sorted(set(config.mixers)))}; the official model has attention and one "
+            f"of {' or '.join(LAYERS.values())}"
+        )
+    if config.norm_eps != OFFICIAL_NORM_EPSILON:
+        raise ValueError(
+            f"its norms have an epsilon of {config.norm_eps:g}; the official ones {OFFICIAL_NORM_EPSILON:g}"
+        )
+    if config.intermediate_size % MULTIPLE:
+        raise ValueError(
+            f"its intermediate_size is {config.intermediate_size}; the official one is a multiple of {MULTIPLE}"
         )
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     if config.vocab_size % config.pad_vocab_size_multiple:  # the embedding was resized

@@ -2,7 +2,7 @@
 
 The weights' names and shapes are the same, so the configuration is all there is to translate. Defaults and types of
 their keys are those of transformers' own classes: what they refuse is neither read nor written. Beside transformers,
-vLLM, llama.cpp and mlx-lm read these folders; what they ask for that transformers does not is in `fields_to_transformers`.
+vLLM, llama.cpp and mlx-lm read these folders; what only they ask for is in `fields_to_transformers`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ KINDS = {
 # Our class <-> the end of theirs. A model with another head has no counterpart there.
 ARCHITECTURES = {"LanguageModel": "ForCausalLM", "LanguageBackbone": "Model"}
 
-# JSON has no infinity. transformers writes one as {"__float__": "Infinity"}, which not every reader knows; so the largest
-# float32 stands for it here, as a limit of step sizes no other number.
+# JSON has no infinity. transformers writes one as {"__float__": "Infinity"}, which not every reader knows; so the
+# largest float32 stands for it here, which limits no step size.
 LARGEST = (2 - 2**-23) * 2.0**127
 
 
@@ -87,7 +87,9 @@ def fields_from_transformers(fields: dict[str, Any]) -> dict[str, Any]:
     theirs = _validated({"pad_vocab_size_multiple": 1, **given})
     if theirs["hidden_act"] not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {theirs['hidden_act']!r}; the published blocks, and these, use 'silu'")
-    options = {ours: theirs[key] for key, ours in kind.options.items()} | kind.fixed
+    options = kind.fixed | {ours: theirs[key] for key, ours in kind.options.items()}
+    if options.get("dt_rank") == math.ceil(theirs["hidden_size"] / 16):
+        options["dt_rank"] = "auto"
     options |= {key: given[key] for key in UNKNOWN_THERE.get(kind.mixer, ()) if key in given}
     if kind.mixer == "mamba":  # there the inner width may be any; Mamba-2's is expand times the outer one
         options["expand"] = _expansion(theirs["intermediate_size"], theirs["hidden_size"])
@@ -157,7 +159,9 @@ def _kind(config: LanguageModelConfig) -> tuple[str, dict[str, Any]]:
     if len(mixers) != 1 or mixers[0] not in ("mamba", "mamba2"):
         raise ValueError(f"its blocks are of {' and '.join(mixers)}; transformers has Mamba alone and Mamba-2 alone")
     if config.intermediate_size:
-        raise ValueError(f"it has MLPs (intermediate_size {config.intermediate_size}), which transformers' Mamba has not")
+        raise ValueError(
+            f"it has MLPs (intermediate_size {config.intermediate_size}), which transformers' Mamba has not"
+        )
     mixer = mixers[0]
     options = config.all_options(mixer)
     if mixer == "mamba2":

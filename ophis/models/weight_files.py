@@ -131,19 +131,17 @@ def write_pickle(folder: Path, tensors: dict[str, StoredTensor], *, progress: Pr
     for key, tensor in held.items():
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a view, with which all it views would be written
             held[key] = tensor.clone()
-    with open(folder / PICKLE, "wb") as file:
-        torch.save({name: held[id(tensor)] for name, tensor in tensors.items()}, _Counted(file, progress))
+    with _Counted(folder / PICKLE, progress) as file:
+        torch.save({name: held[id(tensor)] for name, tensor in tensors.items()}, file)
 
 
-class _Counted(io.RawIOBase):
-    """Hands on what is written to it, and says how much it was."""
+class _Counted(io.BufferedWriter):
+    """A file to write to that says how much was."""
 
-    def __init__(self, file: io.BufferedWriter, progress: Progress):
-        self.file, self.progress = file, progress
-
-    def writable(self) -> bool:
-        return True
+    def __init__(self, path: Path, progress: Progress):
+        super().__init__(io.FileIO(path, "wb"))
+        self.progress = progress
 
     def write(self, data) -> int:  # type: ignore[override]
         self.progress(memoryview(data).nbytes)
-        return self.file.write(data)
+        return super().write(data)
