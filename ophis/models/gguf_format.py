@@ -94,8 +94,18 @@ def gguf_values(name: str, tensor: Tensor) -> Tensor:
 
 
 def values_from_gguf(name: str, tensor: Tensor) -> Tensor:
-    """The other way. In float64: so the logarithm of what was written from a float32 is that, or next to it."""
-    return (-tensor.double()).log().float() if name.endswith(".A_log") else tensor
+    """The other way: an A_log of which A is what the file has, if there is one, so that it can be written again.
+
+    Most often it is the one that was written: exp is rounded to float32, which maps neighbours below 1 to one number.
+    """
+    if not name.endswith(".A_log"):
+        return tensor
+    found = (-tensor.double()).log().float()
+    for direction in (-torch.inf, torch.inf):
+        beside = found.nextafter(torch.tensor(direction))
+        better = (gguf_values(name, found) != tensor) & (gguf_values(name, beside) == tensor)
+        found = torch.where(better, beside, found)
+    return found
 
 
 def fields_to_gguf(config: LanguageModelConfig) -> tuple[str, dict[str, Any]]:

@@ -68,9 +68,10 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r} on the hub") from error
     except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "there is no connection to it"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no connection to it"
         raise FileNotFoundError(
             f"{neither} the hub's {name} is not whole in the cache, {constants.HF_HUB_CACHE}, nor can be fetched: {why}"
         ) from error
     except Exception as error:  # a proxy or a certificate fails in a class of the HTTP client's, which changes
-        raise ConnectionError(f"{neither} the hub's {name} could not be fetched: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"{neither} the hub's {name} could not be fetched: {reason}") from error
