@@ -213,17 +213,17 @@ def test_published_configurations_are_written_as_published(tmp_path):
 
 @torch.no_grad()
 def test_shards(saved, tmp_path):
-    folder = ophis.convert(saved("mamba2"), tmp_path / "shards", "transformers", max_shard_size="20KB")
+    folder = ophis.convert(saved("mamba"), tmp_path / "shards", "transformers", max_shard_size="20KB")
     shards = list(folder.glob("model-*-of-*.safetensors"))
     assert len(shards) > 2
     assert max(path.stat().st_size for path in shards if len(load_file(path)) > 1) < 22_000
     ids = torch.randint(257, (2, 9))
-    expected = ophis.load(saved("mamba2"))(ids).logits
+    expected = ophis.load(saved("mamba"))(ids).logits
     assert torch.equal(ophis.load(folder)(ids).logits, expected)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert (theirs(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
     with pytest.raises(ValueError, match="official has one file of weights, never shards"):
-        ophis.convert(saved("mamba2"), tmp_path / "x", "official", max_shard_size="20KB")
+        ophis.convert(saved("mamba"), tmp_path / "x", "official", max_shard_size="20KB")
 
 
 def test_types_are_kept_as_stored(tmp_path):

@@ -25,7 +25,7 @@ from ophis.training import byte_tokenizer
 
 PURE = {
     "mamba": dict(pattern=["mamba"], mamba=dict(d_state=4)),
-    "mamba2": dict(pattern=["mamba2"], mamba2=dict(headdim=8, d_state=8, ngroups=2)),
+    "mamba2": dict(pattern=["mamba2"], mamba2=dict(headdim=8, d_state=8)),
     "falcon_mamba": dict(pattern=["mamba"], mamba=dict(d_state=4, norm_bcdt=True), tie_word_embeddings=False),
 }
 # What each reader takes from config.json without a default, or with one that is not the model's; by type.

@@ -118,7 +118,8 @@ class LanguageModelConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
         """transformers' step between a folder or a name and the arguments of this class."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return arguments(fields) if fields else {}, kwargs
+        notes = {key: fields.pop(key) for key in list(fields) if key.startswith("_")}  # transformers' to itself
+        return (arguments(fields) | notes if fields else {}), kwargs
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """transformers' last step in saving a configuration."""

@@ -49,7 +49,7 @@ def local_folder(name_or_folder: str | Path, *, revision: str | None = None, wei
     wanted = [*TOKENIZER_FILES, *NOTES, "config.json"]
     folder = _fetch(name_or_folder, revision, wanted + (SAFETENSORS_PATTERNS if weights else []))
     if weights and not any(folder.glob("*.safetensors")):
-        folder = _fetch(name_or_folder, folder.name, wanted + PICKLE_PATTERNS)  # the folder's name is its commit
+        folder = _fetch(name_or_folder, revision, wanted + PICKLE_PATTERNS)
     return folder
 
 
