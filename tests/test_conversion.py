@@ -352,6 +352,13 @@ def test_the_command(saved, tmp_path, command):
     assert (code, out) == (0, f"{tmp_path / 'x.gguf'}: {(tmp_path / 'x.gguf').stat().st_size / 1e6:,.1f} MB\n")
 
 
+def test_a_terminal_sees_how_far_it_is(saved, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code, _, err = command(saved("mamba"), tmp_path / "x", "--to", "official")
+    assert code == 0
+    assert "0%|" in err
+
+
 def test_mistakes_cost_one_line(saved, tmp_path, command):
     def error(*arguments) -> str:
         code, _, err = command(*arguments)

@@ -35,6 +35,15 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def check_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError where the tokenizer has more tokens than the model has rows for."""
+    rows = model.config.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them; it is another model's tokenizer"
+        )
+
+
 def generate_text(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -63,11 +72,7 @@ def generate_text(
         raise ValueError(f"top-p is {top_p}, expected more than 0 and at most 1")
     if max_new_tokens < 1:
         raise ValueError(f"the number of new tokens is {max_new_tokens}, expected at least 1")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size} rows for them; it is the "
-            "tokenizer of another model"
-        )
+    check_vocabulary(model, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
     if seed is not None:
         torch.manual_seed(seed)

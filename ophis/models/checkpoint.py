@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Checkpoint:
     path: Path
     model: LanguageModel  # on the "meta" device: without values
     tensors: dict[str, StoredTensor]  # of a tied head and embedding, the embedding alone
+    keys: dict[str, Any] = field(default_factory=dict)  # a GGUF file's, its tokenizer among them
 
     @property
     def config(self) -> LanguageModelConfig:
@@ -40,10 +41,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             shape; each named.
     """
     if is_gguf(path):
-        config, stored, _ = open_gguf(path)
+        config, stored, keys = open_gguf(path)
         model = _empty(config, stored, path)
         fitting = _fit(model, stored, path, gguf_name, lambda name, shape: gguf_shape(name, shape, config))
-        return Checkpoint(path, model, {name: _from_gguf(name, model, tensor) for name, tensor in fitting.items()})
+        return Checkpoint(path, model, {name: _from_gguf(name, model, t) for name, t in fitting.items()}, keys)
     fields = read_fields(path)
     try:
         config = LanguageModelConfig.from_pretrained(path)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ophis.files import made_whole
 from ophis.models.checkpoint import Checkpoint, open_checkpoint
 from ophis.models.config import LanguageModelConfig
-from ophis.models.gguf_file import TYPES, is_gguf, open_gguf, write_gguf
+from ophis.models.gguf_file import TYPES, is_gguf, write_gguf
 from ophis.models.gguf_format import fields_to_gguf, gguf_package
 from ophis.models.gguf_tokenizer import check_vocabulary, tokenizer_from_gguf
 from ophis.models.hub import NOTES, TOKENIZER_FILES, local_folder
@@ -99,7 +99,7 @@ def convert(
     with tempfile.TemporaryDirectory() as scratch:
         beside = Path(scratch, _name_of(source))  # a GGUF file says what its model is called
         beside.mkdir()
-        _gather(checkpoint.path, beside, tokenizer)
+        _gather(checkpoint, beside, tokenizer)
         check_vocabulary(beside, config.vocab_size)
         report = (progress or _silent)(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         with made_whole(target) as partial:
@@ -124,19 +124,16 @@ def _write_weights(
     return write_pickle(folder, tensors, progress=progress)
 
 
-def _gather(source: Path, beside: Path, tokenizer: str | Path | None) -> None:
-    """What goes along with the weights, into a folder: the tokenizer, the source's own or that one, and notes."""
-    if is_gguf(source):
-        if tokenizer is None:
-            tokenizer_from_gguf(open_gguf(source).keys).save_pretrained(beside)
-    else:
-        _copy(source, beside, NOTES)
+def _gather(checkpoint: Checkpoint, beside: Path, tokenizer: str | Path | None) -> None:
+    """What goes along with the weights, into a folder: notes, and the tokenizer, the model's own or that one."""
+    _copy(checkpoint.path, beside, NOTES)  # of a file there are none
     if tokenizer is not None:
-        folder = local_folder(tokenizer, weights=False)
-        if not _copy(folder, beside, TOKENIZER_FILES):
+        if not _copy(local_folder(tokenizer, weights=False), beside, TOKENIZER_FILES):
             raise FileNotFoundError(f"{tokenizer} holds no tokenizer (no {', '.join(TOKENIZER_FILES[:2])}, ...)")
-    elif not is_gguf(source):
-        _copy(source, beside, TOKENIZER_FILES)
+    elif checkpoint.keys:
+        tokenizer_from_gguf(checkpoint.keys).save_pretrained(beside)
+    else:
+        _copy(checkpoint.path, beside, TOKENIZER_FILES)
 
 
 def _copy(source: Path, target: Path, names: list[str]) -> int:
