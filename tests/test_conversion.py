@@ -253,9 +253,10 @@ def test_a_target_is_replaced_only_when_asked(saved, tmp_path):
     assert_same_contents(
         target, ophis.convert(saved("mamba2"), tmp_path / "y", "transformers")
     )  # no shard is left over
-    (target / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds more than a saved model: notes.txt. It is not replaced"):
-        ophis.convert(saved("mamba"), target, "ophis", overwrite=True)
+    for name in (".git", "README.md", "notes.txt"):
+        (target / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"holds more than a saved model: .*{name}.* It is not replaced"):
+            ophis.convert(saved("mamba"), target, "ophis", overwrite=True)
     with pytest.raises(FileExistsError, match="notes.txt is a file, expected a folder"):
         ophis.convert(saved("mamba"), target / "notes.txt", "ophis")
     (tmp_path / "empty").mkdir()
@@ -375,6 +376,7 @@ def test_mistakes_cost_one_line(saved, tmp_path, command):
     assert error(here, tmp_path / "x.gguf", "--to", "gguf", "--type", "q4").startswith("the type is 'q4'; GGUF files")
     assert "the type is 'f16'; GGUF files have one" in error(here, there, "--to", "ophis", "--type", "f16")
     assert "5 potatoes" in error(here, there, "--to", "ophis", "--max-shard-size", "5 potatoes")
+    assert "the target is ., expected the name of a new folder" in error(here, ".", "--to", "ophis")
     assert not there.exists()
     with pytest.raises(ValueError, match="there is no layout 'onnx'; there are ophis, transformers, official, gguf"):
         ophis.convert(here, there, "onnx")

@@ -398,6 +398,10 @@ def test_a_tokenizer_that_cannot_be_taken_along(folders, tmp_path):
     assert ophis.load(path).config.mixers == ["mamba", "mamba"]
     with pytest.raises(ValueError, match="its tokenizer is of kind 'gpt2' 'llama-bpe', and 'gpt2' 'gpt-2' can be read"):
         ophis.convert(path, tmp_path / "x", "ophis")
+    for change in (dict(tokenizer__ggml__token_type=None), dict(tokenizer__ggml__merges=["t zebra"])):
+        damaged = rewritten(tmp_path / "damaged.gguf", tmp_path / "whole.gguf", **change)
+        with pytest.raises(ValueError, match="its tokenizer is damaged"):
+            ophis.convert(damaged, tmp_path / "x", "ophis")
     ophis.convert(path, tmp_path / "x", "ophis", tokenizer=folders["mamba"])
     assert (tmp_path / "x/tokenizer.json").is_file()
     assert load_file(tmp_path / "x/model.safetensors")["backbone.embeddings.weight"].shape == (ROWS, 64)

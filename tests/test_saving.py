@@ -148,6 +148,30 @@ def test_every_inner_width_is_read_back(inner: int, width: int):
     assert int(config.options("mamba")["expand"] * width) == inner
 
 
+def test_keys_of_published_folders():
+    """The config.json of state-spaces/mamba-*-hf and tiiuae/falcon-mamba-7b have more than transformers' own keys."""
+    mamba = {
+        "architectures": ["MambaForCausalLM"], "d_inner": 1536, "d_model": 768, "n_layer": 24, "ssm_cfg": {},
+        "fused_add_norm": True, "rms_norm": True, "conv_kernel": 4, "expand": 2, "hidden_size": 768,
+        "intermediate_size": 1536, "model_type": "mamba", "num_hidden_layers": 24, "pad_vocab_size_multiple": 8,
+        "state_size": 16, "time_step_rank": 48, "torch_dtype": "float32", "vocab_size": 50280, "use_mambapy": False,
+        "transformers_version": "4.39.0.dev0",
+    }  # fmt: skip
+    ours, preset = ophis.LanguageModelConfig(**ophis.models.config.arguments(mamba)), ophis.preset("mamba-130m")
+    assert (ours.mixers, ours.vocab_size, ours.hidden_size) == (preset.mixers, preset.vocab_size, preset.hidden_size)
+    assert ours.changed_options("mamba") == {}
+    falcon = {
+        "architectures": ["FalconMambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "eos_token_id": 11,
+        "expand": 16, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192, "layer_norm_epsilon": 1e-05,
+        "mixer_rms_eps": 1e-06, "model_type": "falcon_mamba", "num_hidden_layers": 64, "pad_token_id": 11,
+        "state_size": 16, "tie_word_embeddings": False, "time_step_rank": 256, "torch_dtype": "bfloat16",
+        "use_falcon_mambapy": False, "vocab_size": 65024,
+    }  # fmt: skip
+    ours = ophis.LanguageModelConfig(**ophis.models.config.arguments(falcon))
+    assert ours.changed_options("mamba") == {"norm_bcdt": True}
+    assert (ours.options("mamba")["expand"], ours.eos_token_id, ours.tie_word_embeddings) == (2, 11, False)
+
+
 def test_initial_values_that_transformers_has_not_are_kept(tmp_path):
     options = dict(headdim=8, A_init_range=[1, 4], conv_init=0.25, dt_min=0.01)
     build(pattern=["mamba2"], mamba2=options, initializer_range=0.05).save_pretrained(tmp_path)

@@ -40,7 +40,7 @@ def check_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -
     rows = model.config.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them; it is another model's tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them; it is another model's"
         )
 
 

@@ -16,7 +16,7 @@ from ophis.models.config import LanguageModelConfig
 from ophis.models.gguf_file import TYPES, is_gguf, write_gguf
 from ophis.models.gguf_format import fields_to_gguf, gguf_package
 from ophis.models.gguf_tokenizer import check_vocabulary, tokenizer_from_gguf
-from ophis.models.hub import NOTES, TOKENIZER_FILES, local_folder
+from ophis.models.hub import CARD, GENERATION, TOKENIZER_FILES, local_folder
 from ophis.models.official_format import fields_to_official, to_official
 from ophis.models.transformers_format import fields_to_transformers
 from ophis.models.weight_files import (
@@ -42,8 +42,8 @@ FOLDERS = {
     "official": Folder(fields_to_official, to_official, pickle=True),
 }
 FORMATS = (*FOLDERS, "gguf")
-# The files of a saved model, and what a repository has beside them: nothing else is ever replaced.
-KNOWN_FILES = [*SAFETENSORS_PATTERNS, *PICKLE_PATTERNS, *TOKENIZER_FILES, *NOTES, "config.json", "LICENSE*", ".git*"]
+# What a conversion writes; a folder that holds anything else is never replaced.
+OWN_FILES = [*SAFETENSORS_PATTERNS, *PICKLE_PATTERNS, *TOKENIZER_FILES, GENERATION, "config.json"]
 
 
 def convert(
@@ -93,22 +93,24 @@ def convert(
     config = checkpoint.config
     config.architectures, config.dtype = ["LanguageModel"], checkpoint.tensors["backbone.embeddings.weight"].dtype
     try:
-        fields = fields_to_gguf(config)[1] if to == "gguf" else FOLDERS[to].fields(config)
+        if to == "gguf":
+            fields_to_gguf(config)
+        fields = FOLDERS["transformers" if to == "gguf" else to].fields(config)
     except ValueError as error:
         raise ValueError(f"{source} cannot be written as {to}: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:
         beside = Path(scratch, _name_of(source))  # a GGUF file says what its model is called
         beside.mkdir()
+        (beside / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _gather(checkpoint, beside, tokenizer)
         check_vocabulary(beside, config.vocab_size)
         report = (progress or _silent)(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         with made_whole(target) as partial:
             if to == "gguf":
-                (beside / "config.json").write_text(json.dumps(fields_to_transformers(config)), encoding="utf-8")
+                _copy(checkpoint.path, beside, [CARD])  # which tells the licence, and whose model it is
                 write_gguf(partial, config, checkpoint.tensors, beside, file_type=file_type or "f32", progress=report)
             else:
                 shutil.copytree(beside, partial)
-                (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
                 _write_weights(partial, checkpoint, FOLDERS[to], max_shard_size or "5GB", report)
     return target
 
@@ -125,8 +127,8 @@ def _write_weights(
 
 
 def _gather(checkpoint: Checkpoint, beside: Path, tokenizer: str | Path | None) -> None:
-    """What goes along with the weights, into a folder: notes, and the tokenizer, the model's own or that one."""
-    _copy(checkpoint.path, beside, NOTES)  # of a file there are none
+    """What goes along with the weights, into a folder: how to generate, and the model's own tokenizer or that one."""
+    _copy(checkpoint.path, beside, [GENERATION])
     if tokenizer is not None:
         if not _copy(local_folder(tokenizer, weights=False), beside, TOKENIZER_FILES):
             raise FileNotFoundError(f"{tokenizer} holds no tokenizer (no {', '.join(TOKENIZER_FILES[:2])}, ...)")
@@ -145,6 +147,8 @@ def _copy(source: Path, target: Path, names: list[str]) -> int:
 
 
 def _check_target(target: Path, to: str, overwrite: bool) -> None:
+    if target.name in ("", ".."):
+        raise ValueError(f"the target is {target}, expected the name of a new folder or file")
     if to == "gguf":
         if target.suffix != ".gguf" or target.is_dir():
             raise ValueError(f"the target is {target}, expected the name of a file that ends in .gguf")
@@ -158,10 +162,10 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} is not empty: it holds {_some(held)}. Choose another folder, or replace this one by --overwrite"
         )
-    strange = [name for name in held if not any(fnmatch.fnmatch(name, known) for known in KNOWN_FILES)]
-    if strange:
+    others = [name for name in held if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
+    if others:
         raise FileExistsError(
-            f"{target} holds more than a saved model: {_some(strange)}. It is not replaced; choose another folder"
+            f"{target} holds more than a saved model: {_some(others)}. It is not replaced; choose another folder"
         )
 
 

@@ -86,7 +86,7 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     writer.add_tokenizer_pre(GPT_NEOX_RULE if _digest(vocabulary) == GPT_NEOX else RULES[0])
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
-    merges = bool(contents["model"]["merges"])
+    merges = bool(contents["model"].get("merges"))
     gguf.SpecialVocab(folder, load_merges=merges, n_vocab=rows).add_to_gguf(writer, quiet=True)
     if not merges:
         writer.add_token_merges([NO_MERGE])
@@ -103,6 +103,13 @@ def tokenizer_from_gguf(keys: dict[str, Any]) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"its tokenizer is of kind {model!r} {rule!r}, and {MODEL!r} {RULES[0]!r} can be read: {ADVICE}"
         )
+    try:
+        return _tokenizer(keys)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"its tokenizer is damaged ({error}): {ADVICE}") from error
+
+
+def _tokenizer(keys: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in keys["tokenizer.ggml.merges"] if merge != NO_MERGE]
     vocabulary = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
@@ -125,7 +132,7 @@ def tokenizer_from_gguf(keys: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 def _why_not(contents: dict[str, Any]) -> str | None:
     """What llama.cpp's byte-level BPE would read differently; None if nothing."""
-    model, before, normalizer = contents["model"], contents["pre_tokenizer"], contents["normalizer"]
+    model, before, normalizer = contents["model"], contents.get("pre_tokenizer"), contents.get("normalizer")
     if model.get("type", "BPE") != "BPE":
         return f"is a {model['type']} model"
     for option in ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -137,7 +144,7 @@ def _why_not(contents: dict[str, Any]) -> str | None:
         return f"splits text by {before['type'] if before else 'nothing'}"
     if before.get("add_prefix_space"):
         return "puts a space before a text"
-    if not before.get("use_regex", True) and model["merges"]:
+    if not before.get("use_regex", True) and model.get("merges"):
         return "does not split text"
     if normalizer and normalizer["type"] != "NFC":  # GPT-NeoX's, which changes hardly any text, and the converter drops
         return f"changes text by {normalizer['type']}"

@@ -26,7 +26,7 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
     "chat_template.json",
 ]
-NOTES = ["generation_config.json", "README.md"]  # what else goes with a model
+GENERATION, CARD = "generation_config.json", "README.md"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/model
 
 
@@ -46,7 +46,7 @@ def local_folder(name_or_folder: str | Path, *, revision: str | None = None, wei
         return Path(name_or_folder)
     if not isinstance(name_or_folder, str) or not _NAME.fullmatch(name_or_folder):
         raise FileNotFoundError(f"no folder {name_or_folder}")
-    wanted = [*TOKENIZER_FILES, *NOTES, "config.json"]
+    wanted = [*TOKENIZER_FILES, GENERATION, CARD, "config.json"]
     folder = _fetch(name_or_folder, revision, wanted + (SAFETENSORS_PATTERNS if weights else []))
     if weights and not any(folder.glob("*.safetensors")):
         folder = _fetch(name_or_folder, revision, wanted + PICKLE_PATTERNS)

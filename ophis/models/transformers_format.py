@@ -149,8 +149,8 @@ def fields_to_transformers(config: LanguageModelConfig) -> dict[str, Any]:
 
 def has_transformers_class(config: LanguageModelConfig) -> bool:
     """Whether transformers has a class for that model: not for one with another head, or with quantised weights."""
-    named = config.architectures or []
-    return not hasattr(config, "quantization_config") and len(named) == 1 and named[0] in ARCHITECTURES
+    named, quantised = config.architectures or [], getattr(config, "quantization_config", None) is not None
+    return not quantised and len(named) == 1 and named[0] in ARCHITECTURES
 
 
 def _kind(config: LanguageModelConfig) -> tuple[str, dict[str, Any]]:
