@@ -199,6 +199,16 @@ def test_the_official_layout_is_what_its_loader_takes(name: str, saved, tmp_path
     assert stored < (folder / "pytorch_model.bin").stat().st_size < 1.1 * stored + 20_000  # nothing twice
 
 
+def test_special_tokens_survive_a_layout_without_them(saved, tmp_path):
+    """The official config.json has no place for their numbers; `ophis train`'s folder has no generation_config.json."""
+    shutil.copytree(saved("mamba"), tmp_path / "x")
+    (tmp_path / "x/generation_config.json").unlink()
+    official = ophis.convert(tmp_path / "x", tmp_path / "official", "official")
+    assert ophis.load(official).generation_config.eos_token_id == 256
+    again = ophis.convert(official, tmp_path / "transformers", "transformers")
+    assert AutoModelForCausalLM.from_pretrained(again).generation_config.eos_token_id == 256
+
+
 def test_published_configurations_are_written_as_published(tmp_path):
     fields = conversion.fields_to_official(ophis.preset("mamba2attn-2.7b"))
     attention = {"causal": True, "d_conv": 4, "head_dim": 128, "num_heads": 30, "rotary_emb_dim": 64}

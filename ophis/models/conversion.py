@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import GenerationConfig
+
 from ophis.files import made_whole
 from ophis.models.checkpoint import Checkpoint, open_checkpoint
 from ophis.models.config import LanguageModelConfig
@@ -64,8 +66,8 @@ def convert(
         target: the folder to make; for "gguf" the file, whose name ends in .gguf.
         to: "ophis", this library's layout, which can express every model; "transformers", a pure Mamba, Mamba-2 or
             Falcon-Mamba, which vLLM, llama.cpp and mlx-lm read too; "official", that of the state-spaces/* models;
-            "gguf", for llama.cpp. The official config.json has no place for the special tokens' numbers; they are in
-            generation_config.json, which goes along with the tokenizer.
+            "gguf", for llama.cpp. The official config.json has no place for the special tokens' numbers; they are then
+            in generation_config.json alone.
         file_type: for "gguf", of the large matrices: "f32" (when None), "f16" or "q8_0".
         max_shard_size: for "ophis" and "transformers", of each file of weights; "5GB" when None.
         tokenizer: a folder, or a name on the hub, whose tokenizer goes along instead of the source's own.
@@ -128,7 +130,8 @@ def _write_weights(
 
 def _gather(checkpoint: Checkpoint, beside: Path, tokenizer: str | Path | None) -> None:
     """What goes along with the weights, into a folder: how to generate, and the model's own tokenizer or that one."""
-    _copy(checkpoint.path, beside, [GENERATION])
+    if not _copy(checkpoint.path, beside, [GENERATION]):
+        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(beside)
     if tokenizer is not None:
         if not _copy(local_folder(tokenizer, weights=False), beside, TOKENIZER_FILES):
             raise FileNotFoundError(f"{tokenizer} holds no tokenizer (no {', '.join(TOKENIZER_FILES[:2])}, ...)")
