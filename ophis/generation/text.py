@@ -12,17 +12,21 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from ophis.models import LanguageModel
+from ophis.models.gguf_file import is_gguf, open_gguf
+from ophis.models.gguf_tokenizer import tokenizer_from_gguf
 from ophis.models.hub import local_folder
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in a model's folder, or that of a name on the hub.
+    """The tokenizer saved in a model's folder or GGUF file, or that of a name on the hub.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: there is, but damaged.
     """
     folder = local_folder(name_or_folder, weights=False)
+    if is_gguf(folder):
+        return tokenizer_from_gguf(open_gguf(folder).keys)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
