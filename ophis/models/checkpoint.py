@@ -44,7 +44,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config, stored, keys = open_gguf(path)
         model = _empty(config, stored, path)
         fitting = _fit(model, stored, path, gguf_name, lambda name, shape: gguf_shape(name, shape, config))
-        return Checkpoint(path, model, {name: _from_gguf(name, model, t) for name, t in fitting.items()}, keys)
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        return Checkpoint(path, model, {name: _from_gguf(name, shapes[name], t) for name, t in fitting.items()}, keys)
     fields = read_fields(path)
     try:
         config = LanguageModelConfig.from_pretrained(path)
@@ -118,6 +119,5 @@ def _check_tied(tensors: dict[str, StoredTensor], head: str, embedding: str, pat
         raise CheckpointError(f"{path}: config.json ties {head} to the embedding; the one stored is another")
 
 
-def _from_gguf(name: str, model: LanguageModel, stored: StoredTensor) -> StoredTensor:
-    shape = tuple(model.state_dict()[name].shape)
+def _from_gguf(name: str, shape: tuple[int, ...], stored: StoredTensor) -> StoredTensor:
     return StoredTensor(shape, stored.dtype, lambda: values_from_gguf(name, stored.read()).reshape(shape))
