@@ -2,7 +2,7 @@
 
 ophis.ops        operators on tensors               (needs torch)
 ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
-ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
+ophis.LanguageModel, ophis.load, ophis.convert, ophis.preset       (need transformers, imported when first used)
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ _NAMES = {
     "LanguageModel": "ophis.models",
     "LanguageModelConfig": "ophis.models",
     "ModelState": "ophis.models",
+    "convert": "ophis.models",
     "load": "ophis.models",
     "preset": "ophis.models",
 }
 
 if TYPE_CHECKING:
     from ophis import layers, models, ops
-    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, load, preset
+    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, convert, load, preset
     from ophis.ops import use_backend
 
 __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "convert",
     "layers",
     "load",
     "models",

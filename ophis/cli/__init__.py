@@ -17,7 +17,7 @@ from ophis import __version__
 from ophis.cli.errors import UserError
 
 # To add a command: a module in this folder, and its name here.
-COMMANDS = ("train", "generate", "info", "bench")
+COMMANDS = ("train", "generate", "convert", "info", "bench")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="ophis", description="State-space sequence models: train them, let them write, look around.")
+    top = Parser(
+        prog="ophis", description="State-space sequence models: train them, let them write, take them elsewhere."
+    )
     top.add_argument("--version", action="version", version=f"ophis {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -11,6 +11,7 @@ OPTIONAL = (
     ("numba", "compiled kernels on CPUs"),
     ("accelerate", "ophis train"),
     ("rich", "ophis train"),
+    ("gguf", "ophis convert to and from GGUF"),
     ("matplotlib", "plots"),
 )
 

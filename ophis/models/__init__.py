@@ -1,8 +1,9 @@
-"""Models on transformers' classes: the language model, its presets, and the reading of saved folders."""
+"""Models on transformers' classes: the language model, its presets, and saved models in every layout."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ophis.models.config import LanguageModelConfig
+from ophis.models.conversion import convert
 from ophis.models.heads import LanguageModelForEmbedding, LanguageModelForSequenceClassification
 from ophis.models.language import LanguageBackbone, LanguageModel
 from ophis.models.loading import load
@@ -17,6 +18,7 @@ __all__ = [
     "LanguageModelForEmbedding",
     "LanguageModelForSequenceClassification",
     "ModelState",
+    "convert",
     "load",
     "preset",
 ]

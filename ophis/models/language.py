@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ophis.layers.ssm_parameters import SSMParameters
 from ophis.models import backbone
 from ophis.models.config import LanguageModelConfig
 from ophis.models.generating import StatefulGeneration
+from ophis.models.official_format import NAMES
 from ophis.models.packing import Packing
 from ophis.models.state import ModelState, fingerprint
 
@@ -37,6 +39,17 @@ class LanguageModelBase(PreTrainedModel):
         if self.config.vocab_size % self.config.pad_vocab_size_multiple:  # a saved config rounds up to it
             self.config.pad_vocab_size_multiple = 1
         return embeddings
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """transformers' own, for each of the folders that `ophis.load` reads: the configuration sees to their keys."""
+        renamed = {f"^{re.escape(theirs)}$": ours for theirs, ours in NAMES.items()}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"key_mapping": renamed, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "key_mapping" not in kwargs and getattr(model, "hf_quantizer", None) is None:
+            # Or `save_pretrained` would give tensors their official names back.
+            model._weight_conversions = None  # type: ignore[assignment]
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
