@@ -11,6 +11,7 @@ OPTIONAL = (
     ("numba", "compiled kernels on CPUs"),
     ("accelerate", "ophis train"),
     ("rich", "ophis train"),
+    ("lm-eval", "ophis evaluate --tasks"),
     ("matplotlib", "plots"),
 )
 
