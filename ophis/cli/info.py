@@ -12,6 +12,7 @@ OPTIONAL = (
     ("accelerate", "ophis train"),
     ("rich", "ophis train"),
     ("gguf", "ophis convert to and from GGUF"),
+    ("lm-eval", "ophis evaluate --tasks"),
     ("matplotlib", "plots"),
 )
 
