@@ -353,7 +353,7 @@ def test_segments_of_ssd(case: Case):
 @pytest.mark.parametrize("initial", (False, True))
 @pytest.mark.usefixtures("chunks_of_16")
 def test_sequences_that_start_within_segments_of_ssd_and_with_them(bounds: tuple[int, ...], initial: bool):
-    inputs = CASES["ssd"][6].inputs(length=bounds[-1], h=2)
+    inputs = CASES["ssd"][7].inputs(length=bounds[-1], h=2)
     inputs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     inputs["initial_state"] = torch.randn(len(bounds) - 1, 2, 3, 5)
     if not initial:
@@ -395,7 +395,7 @@ def test_a_single_position_of_ssd_without_gradients_is_a_step():
         assert all(torch.equal(inputs[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize("case", [1, 6], ids=("everything", "packed"))
+@pytest.mark.parametrize("case", [1, 7], ids=("everything", "packed"))
 def test_custom_ops_of_ssd(case: int):
     i = CASES["ssd"][case].inputs(length=4)
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")

@@ -87,11 +87,11 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     d_initial = None if initial_state is None else call.edges(d_final)
     states, flows = x.new_empty(chunks, h, p, n), x.new_empty(chunks, h, p, n)
     call.splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(x.device) // (chunks * g), h // g))
-    partial = A.new_empty(2, call.splits, *B.shape) if call.splits > 1 else (None, None)
+    partial_B, partial_C = A.new_empty(2, call.splits, *B.shape) if call.splits > 1 else (None, None)
     sums, of_chunks = A.new_empty(chunks, h, parts, 4, CHUNK), A.new_empty(chunks, h, parts, 2)
     partial_A = A.new_empty(chunks, 2, h)
     call.set(d_final=d_final, d_initial=d_initial, states=states, flows=flows, dx=dx, d_dt=d_dt, dB=dB, dC=dC)
-    call.set(partial_B=partial[0], partial_C=partial[1], sums=sums, of_chunks=of_chunks, partial_A=partial_A)
+    call.set(partial_B=partial_B, partial_C=partial_C, sums=sums, of_chunks=of_chunks, partial_A=partial_A)
     call.split(STATES_BLOCKS)
     with runtime.on_device_of(x):
         call.steps()
@@ -101,8 +101,8 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
             call.launch(states_of)
         call.launch("backward")
         call.launch("d_steps")
-    if call.splits > 1:
-        dB, dC = (t.sum(0).to(B.dtype) for t in partial)
+    if partial_B is not None and partial_C is not None:
+        dB, dC = (t.sum(0).to(B.dtype) for t in (partial_B, partial_C))
     dA, d_bias = partial_A.sum(0)
     dD = None if D is None else of_chunks[..., 1].sum((0, 2))
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
