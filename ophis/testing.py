@@ -340,7 +340,7 @@ CASES: dict[str, list[Case]] = {
         Case("plain", _ssd),
         Case("everything", partial(_ssd, g=2, per_channel=True, optional="D z dt_bias initial_state")),
         Case("groups", partial(_ssd, g=4, optional="D")),
-        Case("as Mamba-2 calls it", partial(_ssd, optional="D dt_bias")),
+        Case("as Mamba-2 calls it", partial(_ssd, optional="D dt_bias initial_state")),
         Case("step limits", partial(_ssd, dt_limit=(0.01, 0.05), optional="dt_bias initial_state")),
         Case("odd sizes", partial(_ssd, b=3, h=3, p=7, n=1, optional="D z initial_state")),
         Case("one of each", partial(_ssd, b=1, h=1, p=1, n=1)),
