@@ -27,20 +27,22 @@ struct Factor { unsigned long long descriptor; };
 
 __device__ __forceinline__ unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Leading: bytes from one panel to the next; stride: from eight rows to the next eight.
-__device__ __forceinline__ Factor factor_at(unsigned address, unsigned leading, unsigned stride) {
-  return {(unsigned long long)(address >> 4 & 0x3fff) | (unsigned long long)(leading >> 4) << 16 |
-          (unsigned long long)(stride >> 4) << 32 | 1ull << 62};
+// Leading: bytes from one panel to the next; stride: from eight rows to the next eight. Sixteenths of bytes are added to
+// the whole: `offset` is a constant, and what it is added to is the same for all of a matrix's factors.
+__device__ __forceinline__ Factor factor_at(const void* matrix, unsigned leading, unsigned stride, int offset) {
+  const unsigned long long first = address(matrix) >> 4 | (unsigned long long)(leading >> 4) << 16 |
+                                   (unsigned long long)(stride >> 4) << 32 | 1ull << 62;
+  return {first + (offset >> 4)};
 }
 
 // Its rows are the matrix's, its terms 16 columns from `column` on.
 template <int ROWS, int COLUMNS> __device__ __forceinline__ Factor by_rows(const Matrix<ROWS, COLUMNS>& m, int column) {
-  return factor_at(address(m.v) + column / 64 * (ROWS * 128) + column % 64 * 2, 16, 1024);
+  return factor_at(m.v, 16, 1024, column / 64 * (ROWS * 128) + column % 64 * 2);
 }
 
 // Its rows are the matrix's columns, its terms 16 rows from `row` on.
 template <int ROWS, int COLUMNS> __device__ __forceinline__ Factor by_columns(const Matrix<ROWS, COLUMNS>& m, int row) {
-  return factor_at(address(m.v) + row * 128, ROWS * 128, 1024);
+  return factor_at(m.v, ROWS * 128, 1024, row * 128);
 }
 
 // Between them registers that products read or write are left alone, by us and by the compiler.
