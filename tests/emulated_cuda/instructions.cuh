@@ -70,6 +70,27 @@ inline void meet(Meeting& meeting) {
 inline void __syncthreads() { meet(block); }
 inline void __syncwarp() { meet(warps[threadIdx.x / 32]); }
 
+inline std::vector<Meeting> barriers;
+
+inline void pass_barrier(int barrier, int threads) {
+  Meeting& meeting = barriers[barrier];
+  meeting.alive = threads, ++meeting.arrived;
+  release(meeting);
+}
+
+inline void await_barrier(int barrier, int threads) {
+  barriers[barrier].alive = threads;
+  meet(barriers[barrier]);
+}
+
+inline void create_signal(unsigned long long* s) { *s = 0; }
+inline void signal(unsigned long long* s) { ++*s; }
+inline void await_signal(unsigned long long* s, int turn) {
+  while (int(*s & 1) == turn) give_way();
+}
+
+inline int of_warp(int v) { return v; }
+
 inline void begin() {
   body();
   fibers[threadIdx.x].done = true;
@@ -85,6 +106,7 @@ inline void run(long blocks, int threads, std::function<void()> kernel) {
   for (long i = 0; i < blocks; ++i) {
     std::memset(memory, 0xff, SHARED);  // NaN: what is read was written
     block = Meeting{0, 0, threads};
+    barriers.assign(16, Meeting{});
     warps.assign((threads + 31) / 32, Meeting{0, 0, 32});
     for (Fiber& fiber : fibers) {
       fiber.done = false;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,10 @@ sys.modules["cuda.bindings"].__dict__.update(
 )
 
 from ophis import ops
+from ophis.ops.causal_conv import causal_conv
+from ophis.ops.cuda import causal_conv as convolution
 from ophis.ops.cuda import runtime, selective_scan
+from ophis.ops.library import causal_conv as conv_library
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.testing import CASES, check
 
@@ -40,10 +44,12 @@ extern "C" void launch_{name}(long blocks, int threads, long shared, const {stru
 """
 NAMES = {
     "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
+    "selective_scan_relay.cu": ("relay",),
     "selective_scan_backward.cu": ("backward", "gather"),
     "ssd_steps.cu": ("steps", "d_steps"),
     "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
     "ssd_backward.cu": ("backward",),
+    "causal_conv.cu": ("convolve",),
 }
 # What has `Shared` of its own, by kernel where they differ.
 SHARED = {"outputs": "Shared<true>", **dict.fromkeys(("states", "ends", "flows", "flow_ends"), "Shared<false>")}
@@ -76,7 +82,7 @@ def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL
 
 def shared_of(file: str, name: str) -> str:
     """The size of the shared memory that a kernel takes, in C++."""
-    if name in ("gather", "steps", "d_steps") or name.startswith("pass_"):
+    if name in ("gather", "convolve", "steps", "d_steps") or name.startswith("pass_"):
         return "0"
     return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
 
@@ -94,8 +100,16 @@ runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
 runtime.on_device_of = lambda x: contextlib.nullcontext()
 runtime.stream = lambda: 0
 runtime.multiprocessors = lambda device: 1
-kernels = Kernels(selective_scan.forward, selective_scan.backward, selective_scan.kept_shape)
+kernels = Kernels(selective_scan.forward, selective_scan.backward, selective_scan.kept_shape, in_groups=False)
 ops.selective_scan.register("emulated", selective_scan.why_not_these)(custom_op("emulated", kernels))
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Tests change what they depend on."""
+    selective_scan.forward_plan.cache_clear()
+    selective_scan.backward_plan.cache_clear()
+
 
 SIZES = dict(d=24, n=16)  # groups of 8 channels are Triton's; the others are all here
 RUN = [
@@ -132,13 +146,34 @@ def test_segments(name: str, n: int, monkeypatch: pytest.MonkeyPatch):
     check(ops.selective_scan, case.inputs(length=150, b=1, d=20, n=n), "emulated")
 
 
+@pytest.fixture
+def relayed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selective_scan, "relay_pays", lambda b, d, device: True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", ("everything", "packed"))
-def test_the_layout_for_few_channels(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 2)
+@pytest.mark.usefixtures("relayed")
+def test_relay(name: str, dtype: torch.dtype):
     case = next(case for case in RUN if case.name == name)
-    inputs = case.inputs(length=150, b=1, d=20, n=16)
-    assert selective_scan.shape_for(inputs["x"], 16) is selective_scan.NARROW
-    check(ops.selective_scan, inputs, "emulated")
+    check(ops.selective_scan, case.inputs(dtype=dtype, length=300, b=1, d=20, n=16), "emulated")
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 0, 2, 5, 40, 0, 1, 90), (8, 120, 8, 0, 0, 3)], ids=str)
+@pytest.mark.usefixtures("relayed")
+def test_relay_of_short_sequences(lengths: tuple[int, ...]):
+    """Several that start and end in one leg, and some that are empty."""
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    inputs = next(case for case in RUN if case.name == "packed").inputs(length=int(offsets[-1]), d=20, n=16)
+    inputs["initial_state"] = torch.randn(len(lengths), *inputs["initial_state"].shape[1:])
+    check(ops.selective_scan, {**inputs, "cu_seqlens": offsets}, "emulated")
+
+
+@pytest.mark.parametrize("name", ("everything", "packed"))
+def test_eight_warps(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selective_scan, "warps_for", lambda *sizes: 8)
+    case = next(case for case in RUN if case.name == name)
+    check(ops.selective_scan, case.inputs(dtype=torch.bfloat16, length=70, b=1, d=150, n=16), "emulated")
 
 
 def test_groups_of_channels():
@@ -156,3 +191,51 @@ def test_slices_of_projections():
             part = wide[..., offset : offset + inputs[key].shape[-1]]
             inputs[key] = part.copy_(inputs[key])
         check(ops.selective_scan, inputs, "emulated")
+
+
+# The convolution, whose backward pass is Triton's: here it is the reference's.
+
+
+def conv_backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_state)]
+    with torch.enable_grad():
+        names = ("x", "weight", "bias", "initial_state")
+        call = dict(zip(names, leaves, strict=True), cu_seqlens=cu_seqlens, activation="silu" if silu else None)
+        outputs = causal_conv.run_reference(**call)
+    wanted = [t for t in leaves if t is not None]
+    weights = [dy, torch.zeros_like(outputs[1]) if d_final is None else d_final]
+    found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, materialize_grads=True))
+    return tuple(None if t is None else next(found) for t in leaves)
+
+
+causal_conv.register("emulated", convolution.why_not_these)(
+    conv_library.custom_op("emulated", conv_library.Kernels(convolution.forward, conv_backward))
+)
+CONV = [case for case in CASES["causal_conv"] if causal_conv.explain(**case.inputs(length=4, d=24))["emulated"] is None]
+
+
+def test_there_are_cases_of_the_convolution():
+    assert {case.name for case in CONV} >= {"everything", "packed"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("length", (2, 70))
+@pytest.mark.parametrize("case", CONV, ids=lambda case: case.name)
+def test_convolution(case: Any, length: int, dtype: torch.dtype):
+    check(causal_conv, case.inputs(dtype=dtype, length=length, d=24), "emulated")
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 0, 2, 5, 40, 0, 1, 3), (32, 16, 0, 17)], ids=str)
+def test_convolution_of_short_sequences(lengths: tuple[int, ...]):
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    inputs = next(case for case in CONV if case.name == "packed").inputs(length=int(offsets[-1]), d=20)
+    inputs["initial_state"] = torch.randn(len(lengths), *inputs["initial_state"].shape[1:])
+    check(causal_conv, {**inputs, "cu_seqlens": offsets}, "emulated")
+
+
+def test_convolution_of_a_slice():
+    inputs = next(case for case in CONV if case.name == "everything").inputs(length=40, b=2, d=20)
+    for offset in (1, 4):
+        wide = torch.full((2, 40, 48), torch.nan)
+        inputs["x"] = wide[..., offset : offset + 20].copy_(inputs["x"])
+        check(causal_conv, inputs, "emulated")
