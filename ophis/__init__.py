@@ -2,7 +2,8 @@
 
 ophis.ops        operators on tensors               (needs torch)
 ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
-ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
+ophis.LanguageModel, ophis.load, ophis.convert, ophis.preset       (need transformers, imported when first used)
+ophis.compat     the names of mamba_ssm and causal_conv1d, where code asks for them
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 # Public names and where they live; imported at first use, so that `import ophis` costs nothing.
 _NAMES = {
+    "compat": "ophis.compat",
     "ops": "ophis.ops",
     "layers": "ophis.layers",
     "models": "ophis.models",
@@ -21,19 +23,22 @@ _NAMES = {
     "LanguageModel": "ophis.models",
     "LanguageModelConfig": "ophis.models",
     "ModelState": "ophis.models",
+    "convert": "ophis.models",
     "load": "ophis.models",
     "preset": "ophis.models",
 }
 
 if TYPE_CHECKING:
-    from ophis import layers, models, ops
-    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, load, preset
+    from ophis import compat, layers, models, ops
+    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, convert, load, preset
     from ophis.ops import use_backend
 
 __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "ModelState",
+    "compat",
+    "convert",
     "layers",
     "load",
     "models",

@@ -6,7 +6,7 @@ from ophis.ops.long_conv import long_conv
 from ophis.ops.norm import gated_rms_norm, rms_norm
 from ophis.ops.s4d import s4d, s4d_init, s4d_kernel
 from ophis.ops.selective_scan import selective_scan, selective_scan_step
-from ophis.ops.ssd import ssd
+from ophis.ops.ssd import ssd, ssd_step
 
 __all__ = [
     "OPS",
@@ -21,5 +21,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_step",
     "ssd",
+    "ssd_step",
     "use_backend",
 ]

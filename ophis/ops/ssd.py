@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops._op import op
+from ophis.ops.in_place import check_in_place
 from ophis.ops.selective_scan import finish
 from ophis.ops.step_size import step_size
 
@@ -68,6 +69,49 @@ def ssd(
         h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]
         ys.append((h * C[:, t, :, None]).sum(-1))
     return finish(torch.stack(ys, 1), u, per_head(D), z).to(x.dtype), h
+
+
+@op(
+    x="b h p", dt="b h", A="h", B="b g n", C="b g n", state="b h p n", D="h | h p", z="b h p", dt_bias="h",
+    divides={"g": "h"},
+)  # fmt: skip
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    backend: str | None = None,
+) -> Tensor:
+    """One position of `ssd`, for decoding: `state` is changed in place, as replaying a CUDA graph wants it.
+
+    Not differentiable.
+
+    Args:
+        x, z: (b, h, p), the present position.
+        dt: (b, h).
+        B, C: (b, g, n), each for h/g neighbouring heads.
+        state: (b, h, p, n), what `ssd` returned, in its dtype or a narrower one; the arithmetic is float32 or wider.
+        A, D, dt_bias, dt_softplus, dt_limit, backend: as in `ssd`.
+
+    Returns:
+        (b, h, p), in x's dtype.
+    """
+    check_in_place("ssd_step", state, x, dt, A, B, C, D, z, dt_bias)
+    before = state.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), state.dtype))
+    y, after = ssd.reference(
+        x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, z=None if z is None else z[:, None], dt_bias=dt_bias,
+        dt_softplus=dt_softplus, dt_limit=dt_limit, initial_state=before,
+    )  # fmt: skip
+    state.copy_(after)
+    return y[:, 0]
 
 
 def per_head(D: Tensor | None) -> Tensor | None:

@@ -4,6 +4,8 @@
 #include <ucontext.h>
 
 #include <math.h>
+#include <algorithm>
+#include <cstdlib>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -21,6 +23,7 @@
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -32,7 +35,7 @@ struct Index3 { int x = 0, y = 0, z = 0; };
 inline Index3 threadIdx, blockIdx, blockDim;
 
 constexpr int SHARED = 227 * 1024;
-alignas(16) char memory[SHARED];  // of the one block that runs
+alignas(1024) char memory[SHARED];  // of the one block that runs
 
 // Fibers
 
@@ -126,13 +129,18 @@ inline void run(long blocks, int threads, std::function<void()> kernel) {
 
 // What a warp's threads give each other.
 
-inline float __shfl_xor_sync(unsigned, float v, int lanes) {
+inline float given_by(int other, float v) {
+  fibers[threadIdx.x].given[0] = v;
+  __syncwarp();
+  const float theirs = fibers[other].given[0];
+  __syncwarp();
+  return theirs;
+}
+
+inline float __shfl_xor_sync(unsigned, float v, int lanes) { return given_by(threadIdx.x ^ lanes, v); }
+inline float __shfl_up_sync(unsigned, float v, int lanes) {
   const int thread = threadIdx.x;
-  fibers[thread].given[0] = v;
-  __syncwarp();
-  const float other = fibers[thread ^ lanes].given[0];
-  __syncwarp();
-  return other;
+  return given_by(thread % 32 < lanes ? thread : thread - lanes, v);
 }
 
 inline float as_tf32(float f) { return __uint_as_float(__float_as_uint(f) & 0xffffe000u); }

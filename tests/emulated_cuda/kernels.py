@@ -46,8 +46,13 @@ NAMES = {
     "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
     "selective_scan_relay.cu": ("relay",),
     "selective_scan_backward.cu": ("backward", "gather"),
+    "ssd_steps.cu": ("steps", "d_steps"),
+    "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
+    "ssd_backward.cu": ("backward",),
     "causal_conv.cu": ("convolve",),
 }
+# What has `Shared` of its own, by kernel where they differ.
+SHARED = {"outputs": "Shared<true>", **dict.fromkeys(("states", "ends", "flows", "flow_ends"), "Shared<false>")}
 FOLDER = Path(tempfile.mkdtemp())
 
 
@@ -56,7 +61,8 @@ def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     for source in runtime.FOLDER.glob("*.cu*"):
         (folder / source.name).write_text(source.read_text())
-    (folder / "instructions.cuh").write_text((HERE / "instructions.cuh").read_text())
+    for source in HERE.glob("*.cuh"):
+        (folder / source.name).write_text(source.read_text())
     launches = [
         LAUNCH.format(
             name=name,
@@ -69,13 +75,16 @@ def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL
     options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     options += [f"-D{name}={value}" for name, value in macros]
     command = ["g++", *options, "-x", "c++", str(folder / "launches.cu"), "-o", str(folder / "kernels.so")]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "kernels.so"))
 
 
 def shared_of(file: str, name: str) -> str:
     """The size of the shared memory that a kernel takes, in C++."""
-    return "0" if name in ("gather", "convolve") or name.startswith("pass_") else "sizeof(Shared)"
+    if name in ("gather", "convolve", "steps", "d_steps") or name.startswith("pass_"):
+        return "0"
+    return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
 
 
 class Kernel:

@@ -98,7 +98,8 @@ def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
 def load(file: str, macros: Macros, device: torch.device) -> driver.CUmodule:
     """A file of this folder, compiled with these macros for this device, which must be the current one."""
     major, minor = _capability(device)
-    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device")
+    # "a": with the instructions that later architectures lack, the tensor cores' for a warpgroup among them.
+    options = (f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", "-default-device")
     options += tuple(f"-D{name}={value}" for name, value in macros)
     text, headers = _sources(file)
     version = _ok(nvrtc.nvrtcVersion(), 2)
