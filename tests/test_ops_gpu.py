@@ -146,6 +146,17 @@ def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):
     checked(name, backend, inputs)
 
 
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_of_packed_sequences_of_many_channels(backend: str):
+    """Enough for 16 on each multiprocessor of an H100, in a relay: sequences start in the midst of a leg."""
+    lengths = (1, 0, 777, 0, 1, 1, 520, 100)
+    offsets = list(itertools.accumulate(lengths, initial=0))
+    inputs = case("selective_scan", "packed", dtype=torch.bfloat16, length=offsets[-1], d=1600, n=16)
+    inputs["initial_state"] = torch.randn(len(lengths), *inputs["initial_state"].shape[1:], device=DEVICE)
+    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    checked("selective_scan", backend, inputs)
+
+
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_slices_of_projections(name: str, backend: str):
     """As a layer gives them: x and z halves of one projection, B and C parts of another, which begin anywhere."""

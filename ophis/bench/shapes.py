@@ -156,8 +156,11 @@ def _steps(op: str, letter: str, size: int, d: int, *batches: int) -> list[Shape
 def _ssds(h: int, p: int, n: int, *batches_and_lengths: tuple[int, int]) -> list[Shape]:
     return [
         Shape(
-            "ssd", "plain", {"b": b, "l": l, "h": h, "p": p, "n": n},
-            drawn_as="as Mamba-2 calls it", without="initial_state",
+            "ssd",
+            "plain",
+            {"b": b, "l": l, "h": h, "p": p, "n": n},
+            drawn_as="as Mamba-2 calls it",
+            without="initial_state",
         )
         for b, l in batches_and_lengths
     ]

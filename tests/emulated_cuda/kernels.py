@@ -169,6 +169,25 @@ def test_relay_of_short_sequences(lengths: tuple[int, ...]):
     check(ops.selective_scan, {**inputs, "cu_seqlens": offsets}, "emulated")
 
 
+@pytest.mark.parametrize("relay", (False, True))
+def test_what_is_not_finite_stays_in_its_sequence(relay: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selective_scan, "relay_pays", lambda b, d, device: relay)
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 100)
+    monkeypatch.setattr(selective_scan, "SHORTEST", 32)
+    inputs = next(case for case in RUN if case.name == "packed").inputs(length=150, d=20, n=16)
+    inputs["cu_seqlens"] = offsets = torch.tensor([0, 60, 63, 150], dtype=torch.int32)
+    inputs["initial_state"] = torch.randn(3, *inputs["initial_state"].shape[1:])
+    y, state = ops.selective_scan(**inputs, backend="emulated")
+    inputs["x"] = inputs["x"].clone()
+    inputs["x"][:, 40] = torch.nan
+    y_nan, state_nan = ops.selective_scan(**inputs, backend="emulated")
+    assert y_nan[:, 40:60].isnan().all()
+    assert state_nan[0].isnan().all()
+    assert torch.equal(y_nan[:, :40], y[:, :40])
+    assert torch.equal(y_nan[:, offsets[1] :], y[:, offsets[1] :])
+    assert torch.equal(state_nan[1:], state[1:])
+
+
 @pytest.mark.parametrize("name", ("everything", "packed"))
 def test_eight_warps(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selective_scan, "warps_for", lambda *sizes: 8)

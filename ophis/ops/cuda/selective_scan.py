@@ -387,7 +387,7 @@ def forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: torc
 
 @functools.cache
 def relay_kernel(macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
-    module = runtime.load("selective_scan_relay.cu", (*macros, ("RUNNERS", RUNNERS), ("BLOCKS", 1)), device)
+    module = runtime.load("selective_scan_relay.cu", (*macros, ("RUNNERS", RUNNERS)), device)
     return runtime.Kernel(module, "relay", 32 * RUNNERS, relay_shared(**dict(macros)))
 
 

@@ -421,14 +421,14 @@ __device__ __forceinline__ void pass_on(const Params& p) {
     const i64 s = BACK ? p.segments - 1 - k : k;
     const i64 row = b * p.segments + s;
     float* at = p.carry + row * size + i % size;
-    float added = 0.f, factor = 0.f;
+    float leaving = 0.f;
     if (k + 1 < p.segments) {
-      added = *at;
+      leaving = *at;
       const float span = p.span[row * p.channels + channel];
-      factor = span < 0.f ? 0.f : exp2_fast(span * rate);
+      if (span >= 0.f) leaving = fmaf(exp2_fast(span * rate), incoming, leaving);  // nothing passes through otherwise
     }
     *at = incoming;
-    incoming = fmaf(factor, incoming, added);
+    incoming = leaving;
   }
 }
 

@@ -34,8 +34,8 @@ struct Runner {
   float y[LEG][16];      // see `place_of_y`
   float4 bias[4], skip[4];
   float4 baton[2][32];   // the state handed to this runner
-  float4 left[2][32];    // nobody reads it, see below
-  unsigned long long given;
+  float4 left[2][32];    // that nobody reads, and
+  unsigned long long given;  // a signal given before the start: see where they are used
 };
 
 struct Shared {
@@ -117,18 +117,15 @@ __device__ __forceinline__ void get_states(const float4 (&from)[2][32], int thre
   h[1][0] = w.x, h[1][1] = w.y, h[1][2] = w.z, h[1][3] = w.w;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int runner = of_warp(threadIdx.x / 32), thread = threadIdx.x % 32;
   Runner& m = shared.runners[runner];
 
   const i64 teams = (p.channels + CHANNELS - 1) / CHANNELS;
-  i64 index = blockIdx.x;
-  const i64 first_channel = index % teams * CHANNELS; index /= teams;
-  const i64 segment = index % p.segments, b = index / p.segments;
-  const int start = (int)(segment * p.segment), end = (int)least(p.length, start + p.segment);
-  const int legs = (end - start + LEG - 1) / LEG;
+  const i64 first_channel = blockIdx.x % teams * CHANNELS, b = blockIdx.x / teams;
+  const int length = (int)p.length, legs = (length + LEG - 1) / LEG;
 
   const int pair = thread / 4, quarter = thread % 4;
   const i64 channel = first_channel + pair * 2;
@@ -170,8 +167,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
 #pragma unroll
     for (int s = 0; s < 4; ++s) rates[c][s] *= LOG2E;
   if (runner == 0) {
-    if (segment > 0) load(h, p.carry, b * p.segments + segment, N);
-    else load(h, PACKED ? nullptr : p.initial, b, p.states);
+    load(h, PACKED ? nullptr : p.initial, b, p.states);
     put_states(m.baton, thread, h);
   }
 
@@ -192,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
   }
   if (thread == 0) create_signal(&m.given), signal(&m.given);
   __syncwarp();
-  const int first = start + runner * LEG;
+  const int first = runner * LEG;
   const i64 t0 = first + item_step;
   const X* x_ahead = (const X*)p.x + (b * p.sx.b + c * p.sx.d + t0 * p.sx.l);
   const DT* dt_ahead = (const DT*)p.dt + (b * p.sdt.b + c * p.sdt.d + t0 * p.sdt.l);
@@ -201,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
   const BC* C_ahead = (const BC*)p.C + (b * p.sC.b + group * p.sC.d + item_channel + t0 * p.sC.l);
   X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);
   auto send_for = [&](int at, Coming& to) {
-    const bool there = at + item_step < end;
+    const bool there = at + item_step < length;
     const int count = there ? within : 0, states = there ? states_within : 0;
     copy4<X_KIND, WHOLE>(&to.x[thread], x_ahead, p.sx.d, count);
     copy4<DT_KIND, WHOLE>(&to.dt[thread], dt_ahead, p.sdt.d, count);
@@ -215,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
   auto prepare = [&](int at, const Coming& from) {
     // Past the end the item is zeros; a step of zero leaves the state as it is. A product, since a condition becomes a
     // branch around every softplus.
-    const float there = at + item_step < end ? 1.f : 0.f;
+    const float there = at + item_step < length ? 1.f : 0.f;
     const float4 bias4 = m.bias[quarter];
     const float bias[4] = {bias4.x, bias4.y, bias4.z, bias4.w};
     float step[4], input[4], B[4];
@@ -248,16 +244,15 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
       sum[k] = HAS_D ? fmaf(MADE_UP, sum[k], skip[k] * input[k]) : MADE_UP * sum[k];
       if (HAS_Z) sum[k] *= gate[k] * sigmoid(gate[k]);
     }
-    put4<X_KIND>(y, 0, sum, y_whole, at + item_step < end ? within : 0);
+    put4<X_KIND>(y, 0, sum, y_whole, at + item_step < length ? within : 0);
     y += TURN * p.channels;
   };
 
   int coming = 0;  // sequence, the first that starts in this leg or later
-  if (PACKED && start > 0) coming = sequence_at(p, start - 1) + 1;
   auto starts_in = [&](int at) {  // a bit a position at which a sequence starts
     unsigned starts = 0;
     while (coming < p.sequences && p.offsets[coming] < at) ++coming;
-    for (int k = coming; k < p.sequences && p.offsets[k] < least(end, at + LEG); ++k) starts |= 1u << (p.offsets[k] - at);
+    for (int k = coming; k < p.sequences && p.offsets[k] < least(length, at + LEG); ++k) starts |= 1u << (p.offsets[k] - at);
     return starts;
   };
   send_for(first, m.coming[0]);
@@ -267,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
   int stage = 0;
 #pragma unroll 1
   for (int leg = runner; leg < legs; leg += RUNNERS, stage ^= 1) {
-    const int at = start + leg * LEG;
+    const int at = leg * LEG;
     const unsigned starts = PACKED ? starts_in(at) : 0;
     float products[LEG][2][4];  // of the decays so far
     Outputs out;
@@ -275,9 +270,10 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
 #pragma unroll
     for (int s = 0; s < 4; ++s) h[0][s] = h[1][s] = 0.f;
     __syncwarp();
-    each_position([&](auto position) {
+    // Legs in which no sequence starts are most: they go without asking at each position.
+    auto run = [&](auto has_starts, auto position) {
       constexpr int t = position.value;
-      if (PACKED && starts >> t & 1) {
+      if (has_starts.value && starts >> t & 1) {
         if (at + t > 0) store(p.final_state, h, sequence_at(p, at + t - 1), p.states);
         load(h, p.initial, sequence_at(p, at + t), p.states);
       }
@@ -290,10 +286,11 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
           const float decay = exp2_fast(dt[c] * rates[c][s]);
           h[c][s] = fmaf(decay, h[c][s], u[c] * B[s]);
           products[t][c][s] = t == 0 ? decay : decay * products[t > 0 ? t - 1 : 0][c][s];
-          if (PACKED && starts >> t & 1) products[t][c][s] = 0.f;
         }
       out.template add<t, true>(h);
-    });
+    };
+    if (PACKED && starts) each_position([&](auto position) { run(Index<1>(), position); });
+    else each_position([&](auto position) { run(Index<0>(), position); });
     __syncwarp();
     await_copies();
     prepare(at + TURN, m.coming[stage ^ 1]);
@@ -309,14 +306,16 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
 #pragma unroll
     for (int c = 0; c < 2; ++c)
 #pragma unroll
-      for (int s = 0; s < 4; ++s) h[c][s] = fmaf(products[LEG - 1][c][s], incoming[c][s], h[c][s]);
+      for (int s = 0; s < 4; ++s)
+        if (!PACKED || !starts) h[c][s] = fmaf(products[LEG - 1][c][s], incoming[c][s], h[c][s]);
     if (leg + 1 < legs) hand_to(runner + 1 < RUNNERS ? runner + 1 : 0);
     await_signal(&m.given, 0);
 
     keep(incoming, at);
-    each_position([&](auto position) {
+    auto correct = [&](auto has_starts, auto position) {
       constexpr int t = position.value;
-      if (PACKED && (starts & ((2u << t) - 1)) == 1u << t && at + t > 0) {  // what the first sequence to end here lacks
+      const unsigned so_far = has_starts.value ? starts & ((2u << t) - 1) : 0;  // once a sequence has started, nothing comes through
+      if (so_far == 1u << t && at + t > 0) {  // what the first sequence to end here lacks
         float before[2][4];
 #pragma unroll
         for (int c = 0; c < 2; ++c)
@@ -328,14 +327,15 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, BLOCKS) relay(const _
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) rest[c][s] = incoming[c][s] * products[t][c][s];
+        for (int s = 0; s < 4; ++s) rest[c][s] = so_far ? 0.f : incoming[c][s] * products[t][c][s];
       out.template add<t, false>(rest);
-    });
+    };
+    if (PACKED && starts) each_position([&](auto position) { correct(Index<1>(), position); });
+    else each_position([&](auto position) { correct(Index<0>(), position); });
     leave(out);
     __syncwarp();
     finish(at, m.coming[stage]);
     send_for(at + 2 * TURN, m.coming[stage]);
   }
-  if (segment == p.segments - 1 && (legs - 1) % RUNNERS == runner)
-    store(p.final_state, h, PACKED ? sequence_at(p, p.length - 1) : b, p.states);
+  if ((legs - 1) % RUNNERS == runner) store(p.final_state, h, PACKED ? sequence_at(p, length - 1) : b, p.states);
 }
