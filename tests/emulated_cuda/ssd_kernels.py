@@ -73,12 +73,14 @@ def test_the_widest_state_forward(name: str):
         assert error(actual, same) < 2**-7
 
 
-def test_slices_of_a_projection():
+@pytest.mark.parametrize("first", (8, 3))
+def test_slices_of_a_projection(first: int):
+    """One that begins where 16 bytes do, and one that does not and is copied."""
     inputs = inputs_of("everything", length=70)
     for key in ("x", "B", "C"):
         t = inputs[key]
         wide = t.new_full((1, 70, t[0, 0].numel() + 24), torch.nan)
-        inputs[key] = wide[..., 8:-16].unflatten(-1, t.shape[2:]).copy_(t)
+        inputs[key] = wide[..., first : first + t[0, 0].numel()].unflatten(-1, t.shape[2:]).copy_(t)
     check(ops.ssd, inputs, "emulated")
 
 

@@ -63,6 +63,7 @@ def why_not_these(call) -> str | None:
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+    x, B, C = map(aligned, (x, B, C))
     call = Launches(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = call.edges(initial_state)
@@ -78,6 +79,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
 
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
     dy = dy if _in_eights(dy) else dy.contiguous()
+    x, B, C, dy = map(aligned, (x, B, C, dy))
     call = Launches(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, dy)
     b, _, h, p = x.shape
     g, n = B.shape[2:]
@@ -205,9 +207,13 @@ class Launches:
 def _in_eights(t: Tensor) -> bool:
     """Whether eight neighbours on the last axis can be read at once, wherever eight begin."""
     *strides, last = t.stride()
-    if last != 1 or t.data_ptr() % 16:
-        return False
-    return not any(stride % 8 for stride, size in zip(strides, t.shape, strict=False) if size > 1)
+    return last == 1 and not any(stride % 8 for stride, size in zip(strides, t.shape, strict=False) if size > 1)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A copy of a tensor that does not begin at a multiple of 16 bytes. A choice of backends cannot ask for that: where
+    it is traced, tensors have no place yet. Slices of projections begin where eight numbers do, if sizes are even."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @functools.cache
