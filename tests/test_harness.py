@@ -34,7 +34,7 @@ def folder(request, tmp_path_factory) -> Path:
         model = MambaForCausalLM(MambaConfig(**sizes, **ends))
     else:
         model = Mamba2ForCausalLM(Mamba2Config(**sizes, **ends, num_heads=8, head_dim=8, n_groups=1))
-    path = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp("saved") / request.param  # the names that pytest makes end in numbers
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path

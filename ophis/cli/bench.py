@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "operators",
         nargs="*",
         metavar="OP",
-        help="any of selective_scan, ssd, causal_conv, each also with _step behind it, rms_norm, gated_rms_norm",
+        help="any of selective_scan, selective_scan_step, ssd, ssd_step, causal_conv, causal_conv_step, rms_norm, "
+        "gated_rms_norm",
     )
     parser.add_argument(
         "--out",
