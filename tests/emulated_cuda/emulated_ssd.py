@@ -1,4 +1,4 @@
-"""SSD's CUDA kernels compiled for the CPU and run there, thread by thread. Run by tests/test_ops_cuda.py.
+"""SSD's CUDA kernels on a CPU: see emulation.py.
 
 What nobody sees here is whether a product of the tensor cores was awaited, and how its factors lie in memory to them.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import runtime
+from emulation import runtime
 from torch import Tensor
 
 from ophis import ops
