@@ -21,22 +21,16 @@ from ophis.ops.cuda import selective_scan as cuda
 from ophis.ops.cuda.selective_scan import Shape
 from ophis.testing import CASES, check
 
-# lanes, states, per, channels, preparers, steps, unroll, blocks
+# lanes, states, channels, preparers, steps, unroll, blocks
 FORWARD = {
-    16: [
-        Shape(4, 4, 2, 64, 128, 16, 1, 3),
-        Shape(4, 4, 2, 64, 64, 8, 1, 4),
-        Shape(4, 4, 2, 64, 96, 12, 1, 3),
-        Shape(8, 2, 1, 16, 256, 64, 4, 1),
-        Shape(8, 2, 1, 16, 256, 64, 8, 1),
-        Shape(8, 2, 1, 16, 128, 64, 8, 1),
-    ],
-    64: [Shape(8, 8, 2, 32, 128, 16, 1, 2), Shape(8, 8, 2, 32, 64, 8, 1, 3)],
-    128: [Shape(16, 8, 2, 16, 128, 16, 1, 2), Shape(8, 16, 2, 32, 128, 8, 1, 1)],
+    16: [Shape(4, 4, 64, 128, 16, 1, 3), Shape(4, 4, 64, 64, 8, 1, 4), Shape(4, 4, 64, 96, 12, 1, 3)],
+    64: [Shape(8, 8, 32, 128, 16, 1, 2), Shape(8, 8, 32, 64, 8, 1, 3)],
+    128: [Shape(16, 8, 16, 128, 16, 1, 2), Shape(8, 16, 32, 128, 8, 1, 1)],
 }
-BACKWARD = [(4, 2), (8, 1), (4, 1)]  # warps, blocks
+RUNNERS = (16, 12, 8)  # of a relay, for n = 16
+BACKWARD = (4, 8)  # warps
 SHAPES = {
-    16: [(64, 512), (16, 2048), (8, 4096), (1, 32768), (1, 2048)],
+    16: [(64, 512), (16, 2048), (8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 2048)],
     64: [(4, 2048)],
     128: [(4, 2048)],
 }
@@ -102,11 +96,15 @@ def milliseconds(call: Callable[[], Any], repeats: int = 10, sleep: bool = True)
     return statistics.median(times)
 
 
-def layouts(n: int) -> Iterator[tuple[Shape, int]]:
-    """With every count of segments that makes a difference to a single sequence."""
+def layouts(n: int) -> Iterator[str]:
+    """Sets each in turn, and says which it is."""
     for shape in FORWARD[n]:
-        for blocks in (1,) if shape.per == 1 else (3, 6):
-            yield shape, blocks
+        cuda.SHAPES[n], cuda.relay_pays = shape, lambda b, d, device: False
+        yield str(tuple(shape))
+    for runners in RUNNERS if n == 16 else ():
+        cuda.RUNNERS, cuda.relay_pays = runners, lambda b, d, device: True
+        cuda.relay_kernel.cache_clear()
+        yield f"relay of {runners}"
 
 
 def checked(n: int) -> str:
@@ -124,18 +122,16 @@ def main(works: list[str]) -> None:
     for n, shapes in SHAPES.items():
         work = {shape: calls(*shape, n) for shape in shapes}
         if "forward" in works:
-            for shape, blocks in layouts(n):
-                cuda.shape_for = lambda x, size, shape=shape: shape
-                cuda.NARROW = shape if shape.per == 1 else cuda.NARROW
-                cuda.FORWARD_BLOCKS = blocks
+            for layout in layouts(n):
+                cuda.forward_plan.cache_clear()
                 times = "  ".join(f"{b}x{l} {milliseconds(c['forward']):.3f}" for (b, l), c in work.items())
-                print(f"forward n={n} {tuple(shape)} {blocks}: {times}{checked(n)}", flush=True)
+                print(f"forward n={n} {layout}: {times}{checked(n)}", flush=True)
         if "backward" in works:
-            for warps, blocks in BACKWARD:
-                cuda.WARPS, cuda.BLOCKS = warps, blocks
-                cuda._backward_kernels.cache_clear()
+            for warps in BACKWARD:
+                cuda.warps_for = lambda b, l, d, groups, macros, warps=warps: warps
+                cuda.backward_plan.cache_clear()
                 times = "  ".join(f"{b}x{l} {milliseconds(c['backward']):.3f}" for (b, l), c in work.items())
-                print(f"backward n={n} {warps, blocks}: {times}{checked(n)}", flush=True)
+                print(f"backward n={n} {warps} warps: {times}{checked(n)}", flush=True)
         if "eager" in works:
             times = "  ".join(f"{b}x{l} {milliseconds(c['eager'], sleep=False):.3f}" for (b, l), c in work.items())
             print(f"eager forward + backward n={n}: {times}", flush=True)

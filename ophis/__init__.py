@@ -2,8 +2,9 @@
 
 ophis.ops        operators on tensors               (needs torch)
 ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
-ophis.LanguageModel, ophis.load, ophis.preset       (need transformers, imported when first used)
-ophis.accelerate_transformers                       transformers' own Mamba family on ophis.ops
+ophis.LanguageModel, ophis.load, ophis.convert, ophis.preset       (need transformers, imported when first used)
+ophis.accelerate_transformers()    transformers' own Mamba-family models on ophis.ops
+ophis.compat     the names of mamba_ssm and causal_conv1d, where code asks for them
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 # Public names and where they live; imported at first use, so that `import ophis` costs nothing.
 _NAMES = {
+    "compat": "ophis.compat",
     "ops": "ophis.ops",
     "layers": "ophis.layers",
     "models": "ophis.models",
@@ -22,15 +24,16 @@ _NAMES = {
     "LanguageModel": "ophis.models",
     "LanguageModelConfig": "ophis.models",
     "ModelState": "ophis.models",
+    "convert": "ophis.models",
     "load": "ophis.models",
     "preset": "ophis.models",
     "accelerate_transformers": "ophis.integrations.transformers",
 }
 
 if TYPE_CHECKING:
-    from ophis import layers, models, ops
+    from ophis import compat, layers, models, ops
     from ophis.integrations.transformers import accelerate_transformers
-    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, load, preset
+    from ophis.models import LanguageModel, LanguageModelConfig, ModelState, convert, load, preset
     from ophis.ops import use_backend
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "LanguageModelConfig",
     "ModelState",
     "accelerate_transformers",
+    "compat",
+    "convert",
     "layers",
     "load",
     "models",

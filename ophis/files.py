@@ -6,8 +6,10 @@ either happened or did not, and what is read under the old name until then stays
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial-"  # begins the name of what is not whole yet, or no longer
@@ -34,12 +36,33 @@ def link_whole(source: Path, path: Path) -> None:
 
 
 def rename_whole(folder: Path, path: Path) -> None:
-    """Gives a folder that is filled its final name, once everything in it is on disk."""
+    """Gives a folder that is filled its final name, once everything in it is on disk. A folder of that name goes."""
     for parent, _, names in os.walk(folder):
         for name in names:
             _sync(Path(parent, name))
         _sync(Path(parent))
+    old = path.with_name(f"{PARTIAL}old-{path.name}")
+    if path.is_dir():  # with something in it, it cannot be renamed over
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
     _publish(folder, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file or folder under. It becomes `path` at the end, and is gone after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        _remove(partial)
+        yield partial
+        if partial.is_dir():
+            rename_whole(partial, path)
+        else:
+            _publish(partial, path)
+    finally:
+        _remove(partial)
 
 
 def remove_whole(folder: Path) -> None:
@@ -53,10 +76,14 @@ def remove_whole(folder: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Clears away what a process that was killed left unfinished in a folder."""
     for path in folder.glob(f"{PARTIAL}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

@@ -340,6 +340,7 @@ CASES: dict[str, list[Case]] = {
         Case("plain", _ssd),
         Case("everything", partial(_ssd, g=2, per_channel=True, optional="D z dt_bias initial_state")),
         Case("groups", partial(_ssd, g=4, optional="D")),
+        Case("as Mamba-2 calls it", partial(_ssd, optional="D dt_bias initial_state")),
         Case("step limits", partial(_ssd, dt_limit=(0.01, 0.05), optional="dt_bias initial_state")),
         Case("odd sizes", partial(_ssd, b=3, h=3, p=7, n=1, optional="D z initial_state")),
         Case("one of each", partial(_ssd, b=1, h=1, p=1, n=1)),
@@ -399,8 +400,7 @@ STEPS: dict[str, list[Case]] = {
     "ssd_step": [
         Case("plain", partial(_step, of=_ssd)),
         Case("everything", partial(_step, of=_ssd, g=2, per_channel=True, optional="D z dt_bias")),
-        Case("step limits", partial(_step, of=_ssd, dt_limit=(0.01, 0.05), optional="D dt_bias")),
-        Case("one of each", partial(_step, of=_ssd, b=1, h=1, p=1, n=1)),
+        Case("step limits", partial(_step, of=_ssd, h=6, g=3, p=7, dt_limit=(0.01, 0.05), optional="dt_bias D")),
     ],
     "causal_conv_step": [
         Case("plain", partial(_step, of=_causal_conv)),

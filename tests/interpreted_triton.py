@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import bfloat16_in_interpreter
 import pytest
 import torch
 from test_ops_memory import every_second, reversed_axes, slice_of_something_wider, sum_and_gradients
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ophis.ops import OPS
-from ophis.ops.triton import INTERPRETED
+from ophis.ops.triton import INTERPRETED, ssd
 from ophis.ops.triton import causal_conv as convolution
 from ophis.ops.triton import selective_scan as scan
 from ophis.testing import CASES, Case, assert_close, backends, check, evaluate, is_differentiable
@@ -33,10 +34,11 @@ def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
 
 
 InterpretedFunction.__call__ = call
+bfloat16_in_interpreter.install()
 # An instruction takes the interpreter some 20 us, masked or not: no more positions at a time than make a loop.
 convolution.FORWARD_UNROLL = convolution.BACKWARD_UNROLL = 2
 
-NAMES = ("causal_conv", "rms_norm", "gated_rms_norm", "selective_scan")
+NAMES = ("causal_conv", "rms_norm", "gated_rms_norm", "selective_scan", "ssd")
 CALLS = [
     pytest.param(name, case, id=f"{name}-{case.name}")
     for name in NAMES
@@ -52,6 +54,7 @@ FULLEST = [
         ("rms_norm", "wide residual"),
         ("gated_rms_norm", "groups, norm before gate"),
         ("selective_scan", "everything"),
+        ("ssd", "everything"),
     )
 ]
 
@@ -66,6 +69,9 @@ def test_there_are_kernels(name: str):
 )
 @pytest.mark.parametrize(("name", "case"), CALLS)
 def test_cases(name: str, case: Case, dtype: torch.dtype, length: int):
+    if name == "ssd" and dtype == torch.bfloat16:
+        # The matrix units take factors rounded to bfloat16, and a gradient of three terms may cancel to what that does.
+        length = 33
     check(OPS[name], case.inputs(dtype=dtype, length=length), "triton")
 
 
@@ -311,3 +317,96 @@ def test_custom_op_of_a_step_of_the_scan():
     x, dt, z, matrix = torch.randn(2, 6), torch.rand(2, 6), torch.randn(2, 6), torch.randn(2, 1, 3)
     call = (x, dt, -torch.rand(6, 3), matrix, matrix, None, z, None, torch.randn(2, 6, 3), True)
     torch.library.opcheck(torch.ops.ophis.selective_scan_step_triton, call)
+
+
+# SSD, in chunks and segments of chunks
+
+
+SSDS = [call.values[1] for call in CALLS if call.values[0] == "ssd"]
+
+
+@pytest.fixture(params=[1, 64])
+def chunks_of_16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short chunks, in up to so many segments; and the heads of a group shared out."""
+    tiles = {key: tile._replace(positions=16) for key, tile in ssd.TILES.items()}
+    monkeypatch.setattr(ssd, "TILES", tiles)
+    most = request.param
+    monkeypatch.setattr(ssd.Plan, "segments", segments_up_to(most))
+    monkeypatch.setattr(ssd, "BACKWARD_PROGRAMS", 1 if most == 1 else 1000)
+
+
+def segments_up_to(most: int) -> Callable[..., tuple[int, int]]:
+    def segments(self: ssd.Plan, x: Tensor, programs: int) -> tuple[int, int]:
+        length = -(-self.chunks_a_row // most)
+        return -(-self.chunks_a_row // length), length
+
+    return segments
+
+
+@pytest.mark.parametrize("case", SSDS, ids=lambda case: case.name)
+@pytest.mark.usefixtures("chunks_of_16")
+def test_segments_of_ssd(case: Case):
+    check(OPS["ssd"], case.inputs(length=37, b=1), "triton")
+
+
+@pytest.mark.parametrize("bounds", [(0, 16, 37), (0, 0, 3, 4, 4, 30, 37, 37), (0, 1, 2, 3, 4, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize("initial", (False, True))
+@pytest.mark.usefixtures("chunks_of_16")
+def test_sequences_that_start_within_segments_of_ssd_and_with_them(bounds: tuple[int, ...], initial: bool):
+    inputs = CASES["ssd"][7].inputs(length=bounds[-1], h=2)
+    inputs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+    inputs["initial_state"] = torch.randn(len(bounds) - 1, 2, 3, 5)
+    if not initial:
+        del inputs["initial_state"]
+    check(OPS["ssd"], inputs, "triton")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.usefixtures("chunks_of_16")
+def test_strong_decay_and_padding_in_ssd(dtype: torch.dtype):
+    """Rates of -1000, steps from nothing to 30, and padding at both ends: exact zeros, and nothing that overflows."""
+    inputs = CASES["ssd"][1].inputs(dtype=dtype, length=37, b=1)
+    inputs["A"][0] = -1000
+    inputs["dt"][:, 3::7], inputs["dt"][:, 4::9] = -40, 30
+    inputs["dt"][:, :18] = inputs["dt"][:, -3:] = -torch.inf
+    inputs["x"][:, :18] = inputs["x"][:, -3:] = 0
+    check(OPS["ssd"], inputs, "triton")
+
+
+@pytest.mark.parametrize(("p", "n"), [(1, 16), (16, 17), (70, 5), (20, 256)])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_widths_of_heads_and_states(p: int, n: int, dtype: torch.dtype):
+    check(OPS["ssd"], CASES["ssd"][1].inputs(dtype=dtype, length=3, b=1, p=p, n=n), "triton")
+
+
+def test_too_wide_a_state_of_ssd():
+    reasons = OPS["ssd"].explain(**CASES["ssd"][0].inputs(length=2, n=257))
+    assert reasons["triton"] == "its kernels hold states of up to n=256, and here n=257"
+
+
+@torch.no_grad()
+def test_a_single_position_of_ssd_without_gradients_is_a_step():
+    for case in SSDS:
+        inputs = case.inputs(length=1)
+        before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+        found, expected = (OPS["ssd"](**inputs, backend=name) for name in ("triton", "torch"))
+        assert_close(found[0], expected[0])
+        assert_close(found[1], expected[1])
+        assert all(torch.equal(inputs[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("case", [1, 7], ids=("everything", "packed"))
+def test_custom_ops_of_ssd(case: int):
+    i = CASES["ssd"][case].inputs(length=4)
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+    call = (*(i[k].requires_grad_() for k in names), i.get("cu_seqlens"), True, [0.0, torch.inf])
+    torch.library.opcheck(torch.ops.ophis.ssd_triton, call)
+    with torch.no_grad():
+        y, state = torch.ops.ophis.ssd_triton(*call)
+        torch.library.opcheck(torch.ops.ophis.ssd_triton_backward, (y, state, *call))
+
+
+def test_custom_op_of_a_step_of_ssd():
+    x, matrix = torch.randn(2, 4, 6), torch.randn(2, 2, 3)
+    call = (x, torch.rand(2, 4), -torch.rand(4), matrix, matrix, None, x, None, torch.randn(2, 4, 6, 3), True)
+    torch.library.opcheck(torch.ops.ophis.ssd_step_triton, (*call, [0.0, 0.1]))

@@ -1,4 +1,4 @@
-"""The language model against transformers' Mamba and Mamba-2 on the same random weights, through a saved folder.
+"""The language model against transformers' Mamba family on the same random weights, through saved folders.
 
 The oracle is transformers' full forward on the CPU. Its cache is not one: there, a chunk after a cached prompt starts
 Mamba-1's scan from zeros.
@@ -10,7 +10,14 @@ import inspect
 
 import pytest
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 import ophis
@@ -33,7 +40,13 @@ MAMBA2 = {
     "no conv bias": dict(num_heads=4, head_dim=48, expand=3, n_groups=1, use_conv_bias=False, conv_kernel=2),
     "step limits": dict(num_heads=8, head_dim=16, n_groups=1, time_step_limit=(0.01, 0.05), tie_word_embeddings=True),
 }
-CASES = [("mamba", n, o) for n, o in MAMBA.items()] + [("mamba2", n, o) for n, o in MAMBA2.items()]
+FALCON_MAMBA = {
+    "default": dict(),
+    "epsilons": dict(mixer_rms_eps=1e-2, layer_norm_epsilon=1e-3, tie_word_embeddings=False),
+    "odd sizes": dict(hidden_size=37, state_size=5, time_step_rank=3, vocab_size=61, use_bias=True),
+}
+KINDS = {"mamba": MAMBA, "mamba2": MAMBA2, "falcon_mamba": FALCON_MAMBA}
+CASES = [(kind, name, options) for kind, cases in KINDS.items() for name, options in cases.items()]
 LENGTHS = (1, 2, 3, 257)
 
 # Up to 5.17 at least, transformers took the gated norm over all groups at once, which no published layer does.
@@ -48,10 +61,8 @@ def pair(request, tmp_path_factory):
         pytest.skip("this version of transformers does not normalise by groups")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 16, **options}
     torch.manual_seed(0)
-    if kind == "mamba":
-        theirs = MambaForCausalLM(MambaConfig(**sizes))
-    else:
-        theirs = Mamba2ForCausalLM(Mamba2Config(**sizes, pad_token_id=0, eos_token_id=0))
+    config = AutoConfig.for_model(kind, **sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    theirs = AutoModelForCausalLM.from_config(config)
     for name, parameter in theirs.named_parameters():  # what starts constant would hide a swapped name
         if name.endswith(("D", "norm.weight", "norm_f.weight", "bias")):
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -114,6 +125,31 @@ def test_greedy_text(pair):
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = theirs.generate(ids, use_cache=False, **options)
     assert torch.equal(ours.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("read", [ophis.load, ophis.LanguageModel.from_pretrained], ids=["load", "from_pretrained"])
+@torch.no_grad()
+def test_a_folder_saved_here_is_one_of_theirs(pair, read, tmp_path):
+    """theirs -> ours -> theirs: the same class, configuration and bits."""
+    theirs, ours = pair
+    read(ours.name_or_path).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(theirs)
+    expected, actual = theirs.state_dict(), again.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    ids = tokens(theirs, 9)
+    assert_same(again(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
+    before, after = theirs.config.to_dict(), again.config.to_dict()
+    # Where it is, how it is computed, and what other readers of the folder ask for.
+    added = {"_name_or_path", "chunk_size", *({"pad_vocab_size_multiple", "intermediate_size"} - before.keys())}
+    if before.get("time_step_limit") == [0.0, float("inf")]:
+        before["time_step_limit"] = [0.0, torch.finfo(torch.float32).max]  # JSON has no infinity
+    assert {k: v for k, v in after.items() if k not in added} == {k: v for k, v in before.items() if k not in added}
+    once_more = ophis.load(tmp_path)
+    assert all(torch.equal(once_more.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+    once_more.config.name_or_path = ours.config.name_or_path
+    assert once_more.config == ours.config
 
 
 @torch.no_grad()

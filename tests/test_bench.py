@@ -79,7 +79,7 @@ def test_steps_run_and_are_checked(op: str, monkeypatch):
     assert notes
     assert all(note.wrong and "idle is wrong" in note.text and "state is off by" in note.text for note in notes)
     rows = [row for row in found if isinstance(row, dict)]
-    assert [(row["backend"], row["direction"]) for row in rows] == [("right", "forward")] * 2
+    assert [(row["backend"], row["direction"]) for row in rows] == [("right", "forward")] * len(shapes.QUICK[op])
 
 
 @pytest.mark.parametrize("op", shapes.SHAPES)
@@ -120,6 +120,12 @@ def test_bytes_and_exponentials_by_hand():
     scan, *_ = shapes.shapes_of("selective_scan", quick=True)  # 2 x 64 x 32, n 4, softplus and gate
     assert shapes.exponentials("selective_scan", scan.inputs(CPU), shapes.TRAINING) == 2 * (2 * 64 * 32) * (4 + 2)
 
+    ssd, *_ = shapes.shapes_of("ssd", quick=True)  # 2 x 64, 4 heads of 8, n 4: of them 4 n p flops a head and position
+    inputs = ssd.inputs(CPU)
+    assert shapes.products("ssd", inputs, shapes.FORWARD) == 2 * 64 * (4 * 4 * 8 * 4 + 2 * 64 * (8 * 4 + 4))
+    assert shapes.products("ssd", inputs, shapes.TRAINING) == 3 * shapes.products("ssd", inputs, shapes.FORWARD)
+    assert shapes.exponentials("ssd", inputs, shapes.FORWARD) == 2 * 64 * 4 * (33 + 1)
+
     (norm,) = shapes.shapes_of("rms_norm", quick=True)  # 2 x 16 x 64, float32 residual
     inputs = norm.inputs(CPU)
     x, weight = 2 * 16 * 64 * 2, 64 * 2
@@ -133,6 +139,7 @@ def test_floor():
     assert timing.Limits(copy=4e12, exponentials=4e12).floor(moved=4 * 10**9, exponentials=2 * 10**9) == 1.0
     assert timing.Limits(copy=4e12, exponentials=4e12).floor(moved=4 * 10**9, exponentials=8 * 10**9) == 2.0
     assert timing.Limits(copy=4e12, exponentials=None).floor(moved=4 * 10**9, exponentials=8 * 10**9) == 1.0
+    assert timing.Limits(copy=4e12, exponentials=4e12, products=8e14).floor(0, 4 * 10**9, 16 * 10**11) == 2.0
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch, capsys):
@@ -313,3 +320,40 @@ def test_plots_come_from_the_table_alone():
     drawn = plots.draw(Path("made_up.csv"))
     assert [path.name for path in drawn] == ["made_up.png", "made_up_length.png"]
     assert all(png(str(path)) for path in drawn)
+
+
+def test_a_plot_over_the_state_size():
+    """And attention on a GPU is beside ssd without being compared with it, as it computes other numbers."""
+    assert main(["bench", "ssd", "--quick", "--device", "cpu", "--backend", "torch"]) == 0
+    assert all(png(f"ssd_cpu{which}.png") for which in ("", "_length", "_state"))
+    rows = table("ssd_cpu.csv")
+    assert {row["d"] for row in rows} == {"32"}
+    assert all(int(row["flops"]) > 0 for row in rows)
+
+
+def test_peers_of_ssd_get_the_same_numbers(monkeypatch):
+    """This library's scan, and stand-ins with the official functions' signatures. Attention has the same width."""
+
+    def combined(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_softplus=False):
+        return OPS["ssd"](x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, backend="reference")[0]
+
+    def update(state, x, dt, A, B, C):
+        assert (dt.stride(-1), A.stride()[1:]) == (0, (0, 0))
+        return OPS["ssd_step"](x, dt[..., 0], A[:, 0, 0], B, C, state, backend="reference")
+
+    for name, function in (("ssd_combined", combined), ("selective_state_update", update)):
+        module = types.ModuleType(f"mamba_ssm.ops.triton.{name}")
+        setattr(module, {"ssd_combined": "mamba_chunk_scan_combined"}.get(name, name), function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    register(monkeypatch, "ssd_step", "right", OPS["ssd_step"].reference)
+    for op, backend in (("ssd", "torch"), ("ssd_step", "right")):
+        shape, *_ = shapes.shapes_of(op, quick=True)
+        found, missing = peers.peers_of(op)
+        assert not missing
+        on_cpu = [(peer, function) for peer, function in found if peer.same_work]
+        measured = list(ops._measure(shape, CPU, [backend], on_cpu, timing.Limits(1e10, None), True, ()))
+        assert not [item for item in measured if isinstance(item, ops.Note)]
+        assert {row["backend"] for row in measured} == {backend, *(peer.name for peer, _ in on_cpu)}  # type: ignore[index]
+    attention = next(peer for peer in peers.PEERS["ssd"] if not peer.same_work and "64" in peer.name)
+    _, inputs = attention.prepare(lambda: None, {"x": torch.zeros(2, 16, 4, 32, dtype=torch.bfloat16)})
+    assert {tuple(t.shape) for t in inputs.values()} == {(2, 2, 16, 64)}

@@ -234,7 +234,7 @@ def test_bench_mistakes(capsys):
     quick = ["bench", "rms_norm", "--quick", "--device", "cpu"]
     error = error_of(["bench", "selective_sacn", "--quick"], capsys)
     assert error.startswith("no operator 'selective_sacn' to measure; there are selective_scan, ")
-    assert "no operator 'ssd' to measure" in error_of(["bench", "rms_norm", "ssd"], capsys)
+    assert "no operator 's4d' to measure" in error_of(["bench", "rms_norm", "s4d"], capsys)
     error = error_of([*quick, "--backend", "tritno"], capsys)
     assert error.startswith("no backend 'tritno' of rms_norm; there are ")
     assert error.endswith("torch")

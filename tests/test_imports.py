@@ -18,7 +18,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "ops": (set(), set()),
     "layers": ({"ops"}, set()),
-    "models": ({"ops", "layers"}, {"transformers", "safetensors"}),
+    "models": (
+        {"ops", "layers", "files"},
+        {"transformers", "safetensors", "huggingface_hub", "tokenizers", "gguf", "numpy"},
+    ),
     "generation": ({"ops", "layers", "models"}, {"transformers", "tokenizers"}),
     "files": (set(), set()),
     "training": (
@@ -26,11 +29,13 @@ ALLOWED = {
         {"transformers", "tokenizers", "accelerate", "rich"},
     ),
     "integrations": ({"ops"}, {"transformers"}),
+    "evaluation": ({"ops", "layers", "models", "generation", "files"}, {"transformers", "lm_eval"}),
+    "compat": ({"ops", "layers", "models", "files"}, {"transformers", "huggingface_hub"}),
     "testing": ({"ops"}, set()),
     "bench": ({"ops", "layers", "models", "integrations", "testing", "files"}, {"transformers", "matplotlib"}),
     "cli": (
-        {"ops", "layers", "models", "generation", "training", "testing", "bench", "files"},
-        {"transformers", "rich"},
+        {"ops", "layers", "models", "generation", "training", "evaluation", "testing", "bench", "files"},
+        {"transformers", "rich", "tqdm", "lm_eval"},
     ),
 }
 # Each of these folders is the only one that sees its compiler.
@@ -87,6 +92,8 @@ def test_files_stay_short(path: Path):
         ("import ophis.cli; ophis.cli.parser()", ["torch", "transformers"]),
         ("import ophis.ops", ["transformers", "triton", "numba", "torch._dynamo"]),
         ("import ophis.layers", ["transformers", "triton", "numba", "torch._dynamo"]),
+        ("import ophis.compat", ["torch", "transformers"]),
+        ("import ophis.compat; ophis.compat.install()", ["transformers", "triton", "numba", "torch._dynamo"]),
     ],
 )
 def test_an_import_brings_nothing_else(statement: str, absent: list[str]):

@@ -11,39 +11,12 @@ from torch.utils import _pytree as pytree
 
 import ophis
 from ophis.models import ModelState
-
-PATTERNS = {
-    "mamba": dict(pattern=["mamba"], mamba=dict(d_state=4)),
-    "mamba2": dict(pattern=["mamba2"], mamba2=dict(headdim=8, d_state=8, ngroups=2)),
-    "mamba2 with MLPs": dict(pattern=["mamba2"], mamba2=dict(headdim=16, d_state=8), intermediate_size=40),
-    "hybrid": dict(
-        pattern=["mamba2", "attention", "mamba"],
-        mamba2=dict(headdim=16, d_state=8),
-        attention=dict(num_heads=4, num_heads_kv=2, head_dim=8, rotary_emb_dim=4, d_conv=4),
-    ),
-    "transformer++": dict(pattern=["attention"], attention=dict(num_heads=4, rotary_emb_dim=8), intermediate_size=64),
-    "s4d": dict(pattern=["s4d"], s4d=dict(d_state=8), intermediate_size=40),
-}
-VOCABULARY = 61
-
-
-def build(name: str, **changes) -> ophis.LanguageModel:
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=3, vocab_size=VOCABULARY, pad_vocab_size_multiple=1)
-    return ophis.LanguageModel(ophis.LanguageModelConfig(**{**sizes, **PATTERNS[name], **changes})).eval()
+from tiny_models import PATTERNS, VOCABULARY, build, close, tokens
 
 
 @pytest.fixture(params=PATTERNS)
 def model(request) -> ophis.LanguageModel:
     return build(request.param).double()
-
-
-def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(VOCABULARY, shape, generator=torch.manual_seed(seed))
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 # Counts of the papers' tables, recomputed from the layers' shapes by hand (vocabulary 50280 and 50288, head tied).
@@ -150,17 +123,6 @@ def test_generation_with_state_equals_generation_without(model):
 
 
 @torch.no_grad()
-def test_left_padded_generation_equals_each_prompt_alone(model):
-    short, long = tokens(1, 5, seed=2), tokens(1, 11, seed=3)
-    batch = torch.cat([F.pad(short, (6, 0)), long])
-    mask = torch.cat([F.pad(torch.ones_like(short), (6, 0)), torch.ones_like(long)])
-    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    together = model.generate(batch, attention_mask=mask, **options)
-    assert torch.equal(together[0, 11:], model.generate(short, **options)[0, 5:])
-    assert torch.equal(together[1], model.generate(long, **options)[0])
-
-
-@torch.no_grad()
 def test_a_state_is_a_snapshot(model):
     ids = tokens(1, 20)
     kept = model(ids).past_key_values
@@ -219,6 +181,17 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant: bool):
         gradients.append([p.grad.clone() for n, p in model.named_parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         close(a, b)
+
+
+@torch.no_grad()
+def test_a_model_is_one_graph_for_every_length():
+    """The layers are compiled in tests of their own; here it is what stands around them."""
+    model = build("mamba", num_hidden_layers=1).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for length in (7, 12):
+        found, expected = compiled(tokens(2, length)), model(tokens(2, length))
+        close(found.logits, expected.logits)
+        assert torch.equal(found.past_key_values.fingerprint, expected.past_key_values.fingerprint)
 
 
 def test_initial_values_are_the_published_ones():

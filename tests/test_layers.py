@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,22 @@ def test_wrapped_linears_are_reached(name: str):
     before.square().sum().backward()
     for path in paths:
         assert layer.get_submodule(path).delta.grad.abs().max() > 0, path
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_parameters_are_read_only_while_their_module_runs(name: str):
+    """accelerate's offloading fetches a module's own parameters as it is called, and sends them away after it."""
+    layer = build(name)
+    offloaded = accelerate.cpu_offload(build(name), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    x, following = signal(2, 9), signal(2, 1, seed=1)
+    y, state = layer(x)
+    found, found_state = offloaded(x)
+    assert_equal((found, found_state), (y, state))
+    assert_equal(offloaded(following, found_state), layer(following, state))
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    assert_equal(offloaded(x[:1], cu_seqlens=offsets), layer(x[:1], cu_seqlens=offsets))
 
 
 @pytest.mark.parametrize("name", LAYERS)

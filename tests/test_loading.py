@@ -116,7 +116,9 @@ def test_wrong_architecture(folder):
     path = folder / "config.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "model_type": "gpt2"}))
-    with pytest.raises(CheckpointError, match="model_type 'gpt2', expected 'ophis', 'mamba' or 'mamba2'"):
+    with pytest.raises(
+        CheckpointError, match="model_type 'gpt2', expected one of 'ophis', 'mamba', 'mamba2', 'falcon_mamba'"
+    ):
         ophis.load(folder)
     path.write_text(json.dumps({**fields, "d_modle": 3}))
     with pytest.raises(ValueError, match="unknown key 'd_modle'"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ophis import ops
-from ophis.layers import Mamba
+from ophis.layers import Mamba, Mamba2
 from ophis.ops import OPS, use_backend
 from ophis.testing import CASES, STEPS, as_step, assert_close, check, evaluate, is_differentiable
 
@@ -31,21 +31,30 @@ pytestmark = [
 
 DEVICE = "cuda"
 KERNELS = ("cuda", "triton")
-NAMES = ("selective_scan", "causal_conv", "rms_norm", "gated_rms_norm")
+NAMES = ("selective_scan", "ssd", "causal_conv", "rms_norm", "gated_rms_norm")
 PAIRS = [(name, b.name) for name in NAMES for b in OPS[name].backends if b.name in KERNELS]
 OF_SCAN = [backend for name, backend in PAIRS if name == "selective_scan"]
+OF_SSD = [backend for name, backend in PAIRS if name == "ssd"]
+RECURRENT = [pair for pair in PAIRS if pair[0] in ("selective_scan", "ssd")]
+FULLEST = {"ssd": "as Mamba-2 calls it", "rms_norm": "wide residual", "gated_rms_norm": "norm before gate"}
 
 
 def case(name: str, which: str, **options: Any) -> dict[str, Any]:
-    """The inputs of a case, by its name."""
-    return next(c for c in CASES[name] if c.name == which).inputs(DEVICE, **options)
+    """The inputs of a case, by its name. SSD's channels, d, are heads of 64 if they can be."""
+    if name == "ssd":
+        d, n = options.pop("d", 256), options.pop("n", 64)
+        p = options.pop("p", next(p for p in (64, 32, 16, 8, 4, 2, 1) if d % p == 0))
+        options |= dict(h=d // p, p=p, n=n)
+    inputs = next(c for c in CASES[name] if c.name == which).inputs(DEVICE, **options)
+    if name == "ssd" and which == "packed":  # the gate is the norm's, so that every backend is for it
+        del inputs["z"]
+        inputs["D"] = inputs["D"][:, 0] if inputs["D"].ndim == 2 else inputs["D"]
+    return inputs
 
 
 def fullest(name: str, **options: Any) -> dict[str, Any]:
-    """The inputs of the op's case with the most options that is not packed."""
-    return case(
-        name, {"rms_norm": "wide residual", "gated_rms_norm": "norm before gate"}.get(name, "everything"), **options
-    )
+    """The inputs of the op's case with the most options that is not packed; of SSD's without a gate."""
+    return case(name, FULLEST.get(name, "everything"), **options)
 
 
 def skip_unless(name: str, backend: str, inputs: dict[str, Any]) -> None:
@@ -71,7 +80,7 @@ def test_there_are_kernels(name: str):
 @pytest.mark.parametrize("sizes", [dict(b=3, length=777, d=1536), dict(b=1, length=2049, d=2048)], ids=str)
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_odd_lengths(name: str, backend: str, sizes: dict[str, int]):
-    more = {"n": 16} if name == "selective_scan" else {}
+    more = {"selective_scan": {"n": 16}, "ssd": {"n": 128}}.get(name, {})
     checked(name, backend, fullest(name, dtype=torch.bfloat16, **sizes, **more))
 
 
@@ -91,18 +100,43 @@ def test_scan_of_any_state_size(backend: str, n: int, g: int):
 
 
 @pytest.mark.parametrize("length", (1, 130, 3000))
-@pytest.mark.parametrize("backend", OF_SCAN)
-def test_scan_with_strong_decay(backend: str, length: int):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
+def test_strong_decay(name: str, backend: str, dtype: torch.dtype, length: int):
     """Rates of 0.01 to 1000 and steps of 0.0001 to 100: exponents down to -1e5, and of 1e-6 beside them."""
-    inputs = case("selective_scan", "plain", length=length, b=1, d=96, n=16)
+    sizes = dict(d=96, n=16) if name == "selective_scan" else dict(d=512)
+    inputs = case(name, "plain", dtype=dtype, length=length, b=1, **sizes)
     generator = torch.Generator().manual_seed(2)
     rates, steps = (torch.rand(t.shape, generator=generator).to(DEVICE) for t in (inputs["A"], inputs["dt"]))
-    inputs.update(A=-(10 ** (5 * rates - 2)), dt=10 ** (6 * steps - 4), x=inputs["x"] / 64)
-    checked("selective_scan", backend, inputs)
+    inputs.update(A=-(10 ** (5 * rates - 2)), dt=(10 ** (6 * steps - 4)).to(dtype), x=inputs["x"] / 64)
+    checked(name, backend, inputs)
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(n=16), dict(n=64, g=2), dict(n=128), dict(n=80, p=48), dict(n=256, p=128)], ids=str
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", OF_SSD)
+def test_ssd_of_any_size(backend: str, dtype: torch.dtype, sizes: dict[str, int]):
+    checked("ssd", backend, fullest("ssd", dtype=dtype, length=333, d=384, **sizes))
+
+
+@pytest.mark.parametrize("which", ("everything", "step limits"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", OF_SSD)
+def test_ssd_with_its_other_options(backend: str, dtype: torch.dtype, which: str):
+    checked("ssd", backend, case("ssd", which, dtype=dtype, length=500, d=512, n=128))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", OF_SSD)
+def test_ssd_of_one_long_row(backend: str, dtype: torch.dtype):
+    """In segments, forward and backward."""
+    checked("ssd", backend, fullest("ssd", dtype=dtype, length=5000, b=1, d=128, n=128))
 
 
 @pytest.mark.parametrize("lengths", [(1, 0, 777, 0, 1, 1, 1020, 200), (5, 3000, 60)], ids=str)
-@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[0] in ("selective_scan", "causal_conv")])
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "norm" not in pair[0]])
 def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):
     offsets = list(itertools.accumulate(lengths, initial=0))
     inputs = case(name, "packed", dtype=torch.bfloat16, length=offsets[-1], d=192)
@@ -110,6 +144,17 @@ def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):
     inputs["initial_state"] = torch.randn(len(lengths), *state.shape[1:], device=DEVICE)
     inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
     checked(name, backend, inputs)
+
+
+@pytest.mark.parametrize("backend", OF_SCAN)
+def test_scan_of_packed_sequences_of_many_channels(backend: str):
+    """Enough for 16 on each multiprocessor of an H100, in a relay: sequences start in the midst of a leg."""
+    lengths = (1, 0, 777, 0, 1, 1, 520, 100)
+    offsets = list(itertools.accumulate(lengths, initial=0))
+    inputs = case("selective_scan", "packed", dtype=torch.bfloat16, length=offsets[-1], d=1600, n=16)
+    inputs["initial_state"] = torch.randn(len(lengths), *inputs["initial_state"].shape[1:], device=DEVICE)
+    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    checked("selective_scan", backend, inputs)
 
 
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
@@ -134,14 +179,14 @@ def test_slices_of_projections(name: str, backend: str):
     ],
     ids=lambda dtypes: " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in dtypes.items()),
 )
-@pytest.mark.parametrize("backend", OF_SCAN)
-def test_scan_of_mixed_dtypes(backend: str, dtypes: dict[str, torch.dtype]):
-    inputs = fullest("selective_scan", length=300, d=128, n=16)
-    checked("selective_scan", backend, {k: v.to(dtypes[k]) if k in dtypes else v for k, v in inputs.items()})
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
+def test_mixed_dtypes(name: str, backend: str, dtypes: dict[str, torch.dtype]):
+    inputs = fullest(name, length=300, d=128, n={"selective_scan": 16, "ssd": 128}[name])
+    checked(name, backend, {k: v.to(dtypes[k]) if k in dtypes else v for k, v in inputs.items()})
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[0] != "selective_scan"])
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair not in RECURRENT])
 def test_weights_of_another_dtype(name: str, backend: str, dtypes: tuple[torch.dtype, torch.dtype]):
     inputs = fullest(name, dtype=dtypes[0], length=300, d=128)
     checked(name, backend, {k: v.to(dtypes[1]) if k in ("weight", "bias", "z") else v for k, v in inputs.items()})
@@ -150,10 +195,11 @@ def test_weights_of_another_dtype(name: str, backend: str, dtypes: tuple[torch.d
 # Sizes that a 32-bit integer or a grid's second axis does not hold
 
 
-@pytest.mark.parametrize("sizes", [dict(b=70_000, length=4, d=8), dict(b=1, length=5, d=70_000)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(b=70_000, length=4, d=8), dict(b=1, length=5, d=70_016)], ids=str)
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_more_than_65535(name: str, backend: str, sizes: dict[str, int]):
-    checked(name, backend, fullest(name, **sizes))
+    more = dict(dtype=torch.bfloat16, d=max(sizes["d"], 64)) if name == "ssd" else {}
+    checked(name, backend, fullest(name, **{**sizes, **more}))
 
 
 @pytest.mark.parametrize("sliced", (False, True))
@@ -164,21 +210,21 @@ def test_more_than_2_to_the_31(name: str, backend: str, sliced: bool):
     What is before them is forgotten: 2048 positions with a mean step of 0.02 and rates of at least 1. Either x has more
     than 2^31 elements, or it is a slice of something that has.
     """
-    d, wide, last = (16, 2048, 4096) if sliced else (256, 256, 4096)
+    d, wide, last = (64, 2048, 4096) if sliced else (256, 256, 4096)
     l = 2**31 // wide + 1000
-    without = {"initial_state", "dt_bias", "dt_softplus", "z" if name == "selective_scan" else ""}
+    without = {"initial_state", "dt_bias", "dt_softplus", "z" if name in ("selective_scan", "ssd") else ""}
     small = {k: v for k, v in fullest(name, length=2, b=1, d=d).items() if k not in without}
     inputs, parts = {}, {}  # what has no positions, and what has
     for key, value in small.items():
-        if not isinstance(value, Tensor) or value.ndim < 3:
+        if not isinstance(value, Tensor) or value.ndim < (2 if key == "dt" else 3):
             inputs[key] = value
             continue
-        width = value.shape[-1]
+        width = value[0, 0].numel()
         drawn = torch.empty(1, l, wide if key == "x" else width, dtype=torch.bfloat16, device=DEVICE)
         drawn.uniform_(1e-3, 0.04) if key == "dt" else drawn.normal_()
-        parts[key] = drawn[..., :width]
+        parts[key] = drawn[..., :width].unflatten(-1, value.shape[2:])
     skip_unless(name, backend, {**inputs, **parts})
-    dy = torch.empty(1, last, d, dtype=torch.bfloat16, device=DEVICE).normal_()
+    dy = torch.empty(1, last, *small["x"].shape[2:], dtype=torch.bfloat16, device=DEVICE).normal_()
 
     def run(part: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         leaves = {k: v.detach().requires_grad_() for k, v in part.items()}
@@ -197,12 +243,12 @@ def test_more_than_2_to_the_31(name: str, backend: str, sliced: bool):
         assert_close(actual, expected, name=f"grad {key}")
 
 
-@pytest.mark.parametrize("backend", OF_SCAN)
-def test_what_no_kernel_takes_is_an_error_that_says_who_can(backend: str):
-    inputs = case("selective_scan", "plain", n=300)
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
+def test_what_no_kernel_takes_is_an_error_that_says_who_can(name: str, backend: str):
+    inputs = case(name, "plain", n=300)
     with pytest.raises(RuntimeError, match=r"n=300\b.*These can: torch, reference"):
-        ops.selective_scan(**inputs, backend=backend)
-    y, _ = ops.selective_scan(**inputs)
+        OPS[name](**inputs, backend=backend)
+    y, _ = OPS[name](**inputs)
     assert y.isfinite().all()
 
 
@@ -222,29 +268,42 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def in_its_dtype(name: str, backend: str) -> torch.dtype:
+    """One that the backend is for."""
+    return torch.bfloat16 if (name, backend) == ("ssd", "cuda") else torch.float32
+
+
+def layer_of(name: str, backend: str) -> torch.nn.Module:
+    if name == "ssd":
+        return Mamba2(128, d_state=64, device=DEVICE, dtype=in_its_dtype(name, backend))
+    return Mamba(64, d_state=8, device=DEVICE)
+
+
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-@pytest.mark.parametrize("backend", OF_SCAN)
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
 @theirs
 @pytest.mark.usefixtures("fresh_compiler")
-def test_one_graph_for_every_length(backend: str, compiler: str):
-    """All four ops in one graph, forward and backward, for every length."""
+def test_one_graph_for_every_length(name: str, backend: str, compiler: str):
+    """Norm, convolution, recurrence and gated norm in one graph, forward and backward, for every length."""
 
-    def chosen(name: str) -> str | None:
-        return backend if (name, backend) in PAIRS else None
+    def chosen(other: str) -> str | None:
+        return backend if (other, backend) in PAIRS else None
 
     def call(**inputs: Any) -> Any:
         inputs.pop("backend")
         x, weight = inputs.pop("x"), inputs.pop("weight")
+        axes, x = x.shape[2:], x.flatten(2)
         x, _ = ops.rms_norm(x, weight[:, 0], backend=chosen("rms_norm"))
         x, _ = ops.causal_conv(x, weight, activation="silu", backend=chosen("causal_conv"))
-        y, state = ops.selective_scan(x, **inputs, backend=backend)
-        return ops.gated_rms_norm(y, inputs["z"], weight[:, 1], backend=chosen("gated_rms_norm")), state
+        y, state = OPS[name](x.unflatten(-1, axes), **inputs, backend=backend)
+        return ops.gated_rms_norm(y.flatten(2), x, weight[:, 1], backend=chosen("gated_rms_norm")), state
 
     compiled = torch.compile(call, backend=compiler, fullgraph=True, dynamic=True)
     for length in (201, 333):
-        inputs = fullest("selective_scan", length=length, d=64, n=16)
-        inputs["weight"] = fullest("causal_conv", d=64)["weight"]
-        skip_unless("selective_scan", backend, {k: v for k, v in inputs.items() if k != "weight"})
+        dtype = in_its_dtype(name, backend)
+        inputs = fullest(name, dtype=dtype, length=length, d=64, n={"selective_scan": 16, "ssd": 64}[name])
+        inputs["weight"] = fullest("causal_conv", dtype=dtype, d=64)["weight"]
+        skip_unless(name, backend, {k: v for k, v in inputs.items() if k != "weight"})
         expected = evaluate(call, inputs)
 
         def marked(**inputs: Any) -> Any:
@@ -256,20 +315,20 @@ def test_one_graph_for_every_length(backend: str, compiler: str):
             return compiled(**inputs)
 
         for key, tensor in evaluate(marked, inputs).items():
-            assert_close(tensor, expected[key], name=key)
+            assert_close(tensor, expected[key], name=key, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", OF_SCAN)
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
 @theirs
-def test_export(backend: str):
+def test_export(name: str, backend: str):
     """A layer as one graph for every length; the kernel is in it by its name."""
-    layer = Mamba(64, d_state=8, device=DEVICE)
-    x = torch.randn(2, 100, 64, device=DEVICE)
-    with use_backend(backend, "selective_scan"), torch.no_grad():
+    layer = layer_of(name, backend)
+    x = torch.randn(2, 100, layer.d_model, device=DEVICE, dtype=in_its_dtype(name, backend))
+    with use_backend(backend, name), torch.no_grad():
         length = torch.export.Dim("length", min=64, max=4096)
         exported = torch.export.export(layer, (x,), dynamic_shapes=({1: length},))
-        assert f"ophis.selective_scan_{backend}" in str(exported.graph)
-        longer = torch.randn(2, 333, 64, device=DEVICE)
+        assert f"ophis.{name}_{backend}" in str(exported.graph)
+        longer = torch.randn(2, 333, layer.d_model, device=DEVICE, dtype=x.dtype)
         assert_close(exported.module()(longer)[0], layer(longer)[0])
 
 
@@ -307,15 +366,18 @@ def outputs_and_gradients(layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("backend", OF_SCAN)
-def test_autocast_around_a_layer(backend: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
+def test_autocast_around_a_layer(name: str, backend: str, dtype: torch.dtype):
     """At most twice the error that PyTorch's ops make in the same layer under the same autocast."""
-    layer, x = Mamba(256, device=DEVICE), torch.randn(2, 700, 256, device=DEVICE)
+    if (name, backend, dtype) == ("ssd", "cuda", torch.float16):
+        pytest.skip("cuda: its kernels for SSD are for bfloat16")
+    layer = Mamba2(256, device=DEVICE) if name == "ssd" else Mamba(256, device=DEVICE)
+    x = torch.randn(2, 700, 256, device=DEVICE)
     with use_backend("torch"):
         expected = outputs_and_gradients(layer, x)
     with use_backend("torch"), torch.autocast(DEVICE, dtype):
         plain = outputs_and_gradients(layer, x)
-    with use_backend(backend, "selective_scan"), torch.autocast(DEVICE, dtype):
+    with use_backend(backend, name), torch.autocast(DEVICE, dtype):
         actual = outputs_and_gradients(layer, x)
     assert actual["y"].dtype == dtype
     assert actual.keys() == expected.keys()
@@ -324,22 +386,23 @@ def test_autocast_around_a_layer(backend: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("transport", ("gloo", "nccl"))
-@pytest.mark.parametrize("backend", OF_SCAN)
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
 @theirs
-def test_distributed_data_parallel(backend: str, transport: str):
+def test_distributed_data_parallel(name: str, backend: str, transport: str):
     if not dist.is_backend_available(transport):
         pytest.skip(f"this PyTorch is without {transport}")
-    layer, x = Mamba(64, device=DEVICE), torch.randn(2, 70, 64, device=DEVICE)
+    layer = layer_of(name, backend)
+    x = torch.randn(2, 70, layer.d_model, device=DEVICE, dtype=in_its_dtype(name, backend))
     dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with use_backend(backend, "selective_scan"):
+        with use_backend(backend, name):
             expected = outputs_and_gradients(layer, x)
             wrapped = torch.nn.parallel.DistributedDataParallel(layer)
             actual = outputs_and_gradients(wrapped, x)
     finally:
         dist.destroy_process_group()
     for key, tensor in actual.items():
-        assert_close(tensor, expected[key.removeprefix("module.")], name=key)
+        assert_close(tensor, expected[key.removeprefix("module.")], name=key, dtype=x.dtype)
 
 
 @pytest.mark.parametrize("length", (70, 3000))
@@ -421,8 +484,8 @@ FIRST_CALL = """
 import os, sys, time, torch
 from pathlib import Path
 
-backend, lengths = sys.argv[1], [2048, 777, 1, 2049, 4096, 3, 100, 1000, 64, 16]
-d, n = 2048, 16
+name, backend, lengths = sys.argv[1], sys.argv[2], [2048, 777, 1, 2049, 4096, 3, 100, 1000, 64, 16]
+d, n = 2048, {"selective_scan": 16, "ssd": 128}[name]
 torch.zeros(1, device="cuda").add_(1)
 torch.cuda.synchronize()
 start = time.perf_counter()
@@ -434,13 +497,23 @@ def compiled():
 def chosen(name):
     return backend if backend in [b.name for b in ops.OPS[name].backends] else None
 
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.rand(shape, dtype=dtype, device="cuda").requires_grad_()
+
+def parameters(*shape):
+    return -draw(*shape, dtype=torch.float32), *(draw(shape[0], dtype=torch.float32) for _ in range(2))
+
 for i, l in enumerate(lengths):
-    def draw(*shape, dtype=torch.bfloat16):
-        return torch.rand(shape, dtype=dtype, device="cuda").requires_grad_()
     x, _ = ops.causal_conv(draw(1, l, d), draw(d, 4), draw(d), activation="silu", backend=chosen("causal_conv"))
-    A, D, bias = draw(d, n, dtype=torch.float32), draw(d, dtype=torch.float32), draw(d, dtype=torch.float32)
-    y, _ = ops.selective_scan(x, draw(1, l, d), -A, draw(1, l, n), draw(1, l, n), D=D, z=draw(1, l, d),
-                              dt_bias=bias, dt_softplus=True, backend=backend if l > 1 else "triton")
+    own = backend if l > 1 else "triton"
+    if name == "ssd":
+        A, D, bias = parameters(d // 64)
+        y, _ = ops.ssd(x.unflatten(-1, (-1, 64)), draw(1, l, d // 64), A, draw(1, l, 1, n), draw(1, l, 1, n), D=D,
+                       dt_bias=bias, dt_softplus=True, backend=own)
+    else:
+        A, D, bias = parameters(d, n)
+        y, _ = ops.selective_scan(x, draw(1, l, d), A, draw(1, l, n), draw(1, l, n), D=D, z=draw(1, l, d),
+                                  dt_bias=bias, dt_softplus=True, backend=own)
     y.sum().backward()
     torch.cuda.synchronize()
     if i == 0:
@@ -451,16 +524,16 @@ print(seconds, kernels, compiled())
 """
 
 
-@pytest.mark.parametrize("backend", OF_SCAN)
-def test_first_calls_and_new_lengths(backend: str, tmp_path):
-    """In fresh processes: convolution and scan, forward and backward, take seconds once, hardly any the next time, and
-    no length compiles anything anew. Importing PyTorch and starting CUDA are not counted."""
-    skip_unless("selective_scan", backend, fullest("selective_scan", dtype=torch.bfloat16, d=2048, n=16))
+@pytest.mark.parametrize(("name", "backend"), RECURRENT)
+def test_first_calls_and_new_lengths(name: str, backend: str, tmp_path):
+    """In fresh processes: convolution and recurrence, forward and backward, take seconds once, hardly any the next
+    time, and no length compiles anything anew. Importing PyTorch and starting CUDA are not counted."""
+    skip_unless(name, backend, fullest(name, dtype=torch.bfloat16, d=2048, n={"selective_scan": 16, "ssd": 128}[name]))
     folders = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "OPHIS_CACHE_DIR": str(tmp_path / "ophis")}
     seconds = []
     for _ in ("cold", "warm"):
         done = subprocess.run(
-            [sys.executable, "-c", FIRST_CALL, backend],
+            [sys.executable, "-c", FIRST_CALL, name, backend],
             env={**os.environ, **folders},
             capture_output=True,
             text=True,
@@ -471,6 +544,6 @@ def test_first_calls_and_new_lengths(backend: str, tmp_path):
         assert after == before, f"{int(after) - int(before)} kernels compiled for new lengths"
         seconds.append(float(took))
     cold, warm = seconds
-    print(f"{backend}: first call after {cold:.1f} s cold, {warm:.2f} s warm")
-    assert cold < 15
+    print(f"{name}, {backend}: first call after {cold:.1f} s cold, {warm:.2f} s warm")
+    assert cold < {"selective_scan": 15, "ssd": 20}[name]
     assert warm < 2

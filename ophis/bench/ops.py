@@ -7,7 +7,7 @@ backends on all of them; a wrong one is refused. All sides of a call take turns 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,9 +138,15 @@ def _measure(
     yield from (Note(f"{shape}: {n} cannot run it: {reasons[n]}") for n in names if reasons[n] is not None)
     sides = {n: Side(shape.op, n, function(shape.op, n), _own(inputs)) for n in names if reasons[n] is None}
     for peer, of_peer in others:
-        sides[peer.name] = Side(shape.op, peer.name, *peer.prepare(of_peer, inputs))
+        if peer.longest and shape.sizes["l"] > peer.longest:
+            yield Note(
+                f"{shape}: {peer.name} is left out, for lengths above {peer.longest} would take it seconds a call"
+            )
+        else:
+            sides[peer.name] = Side(shape.op, peer.name, *peer.prepare(of_peer, inputs))
+    different = {peer.name for peer, _ in others if not peer.same_work}
     for direction in shape.directions:
-        yield from _first_calls(shape, sides, direction, names)
+        yield from _first_calls(shape, sides, direction, names, different)
         ours = [n for n in sides if n in names]
         if not ours:
             return
@@ -148,16 +154,19 @@ def _measure(
         powers = shapes.exponentials(shape.op, inputs, direction)
         calls = {name: side.call(direction) for name, side in sides.items()}
         found = timing.take_turns(calls, device, repeats=3 if quick else None)
-        theirs = {name: times.p50 for name, times in found.items() if name not in names}
+        same = {peer.name for peer, _ in others if peer.same_work}
+        theirs = {name: times.p50 for name, times in found.items() if name in same}
         peer = min(theirs, key=lambda name: theirs[name], default=None)
-        floor = limits.floor(moved, powers)
+        flops = shapes.products(shape.op, inputs, direction)
+        floor = limits.floor(moved, powers, flops)
         for name, times in found.items():
             row = {
                 "op": shape.op,
                 "case": shape.case,
                 "batch": shape.sizes["b"],
                 "length": shape.sizes["l"],
-                **{letter: shape.sizes.get(letter, "") for letter in ("d", "n", "w")},
+                "d": shape.width,
+                **{letter: shape.sizes.get(letter, "") for letter in ("n", "w")},
                 "dtype": str(shape.dtype).removeprefix("torch."),
                 "direction": direction,
                 "backend": name,
@@ -169,6 +178,7 @@ def _measure(
                 "peak_mib": "" if times.peak_mib is None else f"{times.peak_mib:.1f}",
                 "bytes": moved,
                 "exponentials": powers,
+                "flops": flops,
                 "floor_ms": _digits(floor),
                 "share_of_floor": _digits(floor / times.p50, 3),
             }
@@ -184,6 +194,7 @@ def _measure(
                 "against_times_faster": _digits(float(published["ms"]) / times.p50, 3) if published else "",
                 "copy_bytes_per_s": f"{limits.copy:.3g}",
                 "exponentials_per_s": f"{limits.exponentials:.3g}" if limits.exponentials else "",
+                "flops_per_s": f"{limits.products:.3g}" if limits.products else "",
                 **provenance(device.type),
             }
 
@@ -247,7 +258,9 @@ def _as_sequence(step: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _first_calls(shape: Shape, sides: dict[str, Side], direction: str, names: Sequence[str]) -> Iterator[Note]:
+def _first_calls(
+    shape: Shape, sides: dict[str, Side], direction: str, names: Sequence[str], different: Collection[str]
+) -> Iterator[Note]:
     """Runs every side once, and removes backends that differ and others' functions that fail.
 
     At the full size no reference is affordable. But an error there is unlikely to be the same in two of them. Two that
@@ -270,8 +283,8 @@ def _first_calls(shape: Shape, sides: dict[str, Side], direction: str, names: Se
             yield Note(f"{shape}: {side.name} fails: {str(failed).partition(chr(10))[0]}")
             continue
         if side.name not in ours:
-            if direction != FORWARD:
-                continue  # theirs lie elsewhere in memory
+            if direction != FORWARD or side.name in different:
+                continue  # theirs lie elsewhere in memory, or are other numbers
             actual = (actual[0].transpose(1, 2) if actual[0].shape != expected[0].shape else actual[0],)
         off = {w: _error_in_parts(a, e) for w, a, e in zip(what, actual, expected, strict=False)}
         if beyond := [f"{w} by {o:.1e}" for w, o in off.items() if not o <= AGREE * floor]:

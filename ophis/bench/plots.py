@@ -12,7 +12,7 @@ Row = dict[str, str]
 DIRECTIONS = ("forward", "forward + backward")
 # One colour a side, whatever the others are; told apart with any colour vision, after Okabe and Ito (2008).
 COLOURS = {"cuda": "#0072B2", "triton": "#009E73", "torch": "#E69F00", "ophis": "#0072B2"}
-OF_OTHERS = ("#D55E00", "#CC79A7")
+OF_OTHERS = ("#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#000000", "#A6761D")
 FEWEST = 3  # lengths that make a line
 
 
@@ -25,6 +25,8 @@ def draw(table: Path) -> list[Path]:
     drawn = [_shapes(rows, table.with_suffix(".png"))]
     if line := _line(rows):
         drawn.append(_lengths(line, table.with_name(f"{table.stem}_length.png")))
+    if line := _most(rows, along="n", apart=("case", "batch", "length", "d", "w", "dtype")):
+        drawn.append(_states(line, table.with_name(f"{table.stem}_state.png")))
     return drawn
 
 
@@ -78,23 +80,46 @@ def _lengths(rows: list[Row], path: Path) -> Path:
     return path
 
 
+def _states(rows: list[Row], path: Path) -> Path:
+    """Times over the state size, both logarithmic."""
+    sides = _sides(rows)
+    figure = _figure(11, 4.5)
+    for axes, direction in zip(figure.subplots(1, len(DIRECTIONS), squeeze=False)[0], DIRECTIONS, strict=True):
+        of_direction = [row for row in rows if row["direction"] == direction]
+        for side in sides:
+            points = _points([row for row in of_direction if row["backend"] == side], "ms_p50", along="n")
+            axes.plot(*points, marker="o", markersize=4, color=_colour(side, sides))
+        axes.plot(*_points(of_direction, "floor_ms", along="n"), color="black", linestyle="--")
+        axes.set(yscale="log", ylabel="milliseconds", xlabel="state size n", title=direction)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    _finish(figure, rows, sides, linestyle="--")
+    figure.savefig(path)
+    return path
+
+
 def _line(rows: list[Row]) -> list[Row]:
     """The rows of the sizes that were measured at the most lengths of batch 1; none where these are too few."""
+    single = [row for row in rows if row["batch"] == "1"]
+    return _most(single, along="length", apart=("case", "d", "n", "w", "dtype"))
+
+
+def _most(rows: list[Row], *, along: str, apart: tuple[str, ...]) -> list[Row]:
+    """Of the groups of rows that have the same in `apart`, the one with the most values `along`; none of too few."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        if row["batch"] == "1":
-            groups.setdefault(tuple(row[key] for key in ("case", "d", "n", "w", "dtype")), []).append(row)
+        groups.setdefault(tuple(row[key] for key in apart), []).append(row)
 
-    def lengths(group: list[Row]) -> int:
-        return len({row["length"] for row in group})
+    def values(group: list[Row]) -> int:
+        return len({row[along] for row in group})
 
-    most = max(groups.values(), key=lengths, default=[])
-    return most if lengths(most) >= FEWEST else []
+    most = max(groups.values(), key=values, default=[])
+    return most if values(most) >= FEWEST else []
 
 
-def _points(rows: list[Row], column: str) -> tuple[list[int], list[float]]:
-    found = {int(row["length"]): float(row[column]) for row in rows if row[column]}
-    return sorted(found), [found[length] for length in sorted(found)]
+def _points(rows: list[Row], column: str, along: str = "length") -> tuple[list[int], list[float]]:
+    found = {int(row[along]): float(row[column]) for row in rows if row[column]}
+    return sorted(found), [found[value] for value in sorted(found)]
 
 
 def _shape(row: Row) -> str:
@@ -121,7 +146,7 @@ def _finish(figure: Any, rows: list[Row], sides: Sequence[str], **floor: Any) ->
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_colour(side, sides), linewidth=4, label=side) for side in sides]
-    mark = Line2D([], [], color="black", label="floor: bytes or exponentials", **floor)
+    mark = Line2D([], [], color="black", label="floor: bytes, exponentials or matrix products", **floor)
     figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=len(handles) + 1, frameon=False)
     row = rows[0]
     figure.suptitle(f"{row['op']} on {row['machine']}, PyTorch {row['torch']}, {row['date']}", fontsize=10)

@@ -1,11 +1,10 @@
 """What `ophis bench OP` measures: shapes, their inputs, and what any implementation must at least do for them.
 
-b batch  l length  d channels  n state size  w width of the convolution
+b batch  l length  d channels, or h heads of p  n state size  w width of the convolution
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,12 @@ class Shape(NamedTuple):
     drawn_as: str = "everything"  # the name there
     without: str = ""  # arguments of that case which are left out
     sliced: bool = False  # x is the first half of something twice as wide, as a projection gives it
+    narrow_state: bool = False  # a step's state has the signals' dtype
+
+    @property
+    def width(self) -> int:
+        """d, the channels in all."""
+        return self.sizes["d"] if "d" in self.sizes else self.sizes["h"] * self.sizes["p"]
 
     @property
     def is_step(self) -> bool:
@@ -44,6 +49,8 @@ class Shape(NamedTuple):
         if "dt_bias" in call:  # a model's raw steps are noise around their bias
             call["dt"].mul_(0.1)
         call = {k: v for k, v in call.items() if k not in self.without.split()}
+        if self.narrow_state:
+            call["state"] = call["state"].to(self.dtype)
         if self.sliced:
             x = call["x"]
             call["x"] = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., : x.shape[-1]].copy_(x)
@@ -51,7 +58,7 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         state = "".join(f", {letter} {self.sizes[letter]}" for letter in ("n", "w") if letter in self.sizes)
-        return f"{self.sizes['b']} x {self.sizes['l']} x {self.sizes['d']}{state}, {self.case}"
+        return f"{self.sizes['b']} x {self.sizes['l']} x {self.width}{state}, {self.case}"
 
 
 class DrawThere(Draw):
@@ -69,8 +76,8 @@ class DrawThere(Draw):
         return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.generator.device)
 
 
-# What any implementation must at least do. Arithmetic in float32 is left out: the scan's 6 flops a state and position
-# take a third of the time of its exponential.
+# What any implementation must at least do. Arithmetic outside matrix products is left out: the scan's 6 flops a state
+# and position take a third of the time of its exponential.
 
 
 def bytes_moved(op: str, inputs: dict[str, Any], outputs: tuple[Tensor, ...], direction: str) -> int:
@@ -89,12 +96,25 @@ def bytes_moved(op: str, inputs: dict[str, Any], outputs: tuple[Tensor, ...], di
 
 def exponentials(op: str, inputs: dict[str, Any], direction: str) -> int:
     """Decays, softplus and gate. The backward pass has its own: keeping those of the scan would take n times x."""
-    each = 0
-    if op.startswith("selective_scan"):
-        each = inputs["A"].shape[1] + bool(inputs.get("dt_softplus")) + ("z" in inputs)
-    elif op == "gated_rms_norm" or inputs.get("activation"):
-        each = 1
-    return each * inputs["x"].numel() * (2 if direction == TRAINING else 1)
+    softplus = bool(inputs.get("dt_softplus"))
+    if op.startswith("ssd"):  # in chunks of 64 a position has a decay from 32 others, on average
+        each, of = (1 if op in STEPS else 33) + softplus, inputs["dt"].numel()
+    elif op.startswith("selective_scan"):
+        each, of = inputs["A"].shape[1] + softplus + ("z" in inputs), inputs["x"].numel()
+    else:
+        each, of = int(op == "gated_rms_norm" or bool(inputs.get("activation"))), inputs["x"].numel()
+    return each * of * (2 if direction == TRAINING else 1)
+
+
+def products(op: str, inputs: dict[str, Any], direction: str) -> int:
+    """Floating-point operations of SSD's matrix products in chunks of 64 positions, which is near the fewest in all:
+    into the state and out of it, 4 n p a head and position; and in the quadratic form. Backward each product has two,
+    one for the gradient of each factor.
+    """
+    if op != "ssd":
+        return 0
+    (b, l, h, p), (g, n) = inputs["x"].shape, inputs["B"].shape[2:]
+    return b * l * (4 * n * p * h + 2 * 64 * (p * h + n * g)) * (3 if direction == TRAINING else 1)
 
 
 def differentiated(op: str, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -133,6 +153,28 @@ def _steps(op: str, letter: str, size: int, d: int, *batches: int) -> list[Shape
     return [Shape(op, "float32 state", {"b": b, "l": 1, "d": d, letter: size}) for b in batches]
 
 
+def _ssds(h: int, p: int, n: int, *batches_and_lengths: tuple[int, int]) -> list[Shape]:
+    return [
+        Shape(
+            "ssd",
+            "plain",
+            {"b": b, "l": l, "h": h, "p": p, "n": n},
+            drawn_as="as Mamba-2 calls it",
+            without="initial_state",
+        )
+        for b, l in batches_and_lengths
+    ]
+
+
+def _ssd_steps(h: int, p: int, n: int, *batches: int) -> list[Shape]:
+    sizes = [{"b": b, "l": 1, "h": h, "p": p, "n": n} for b in batches]
+    return [
+        Shape("ssd_step", f"{'bfloat16' if narrow else 'float32'} state", each, drawn_as="plain", narrow_state=narrow)
+        for each in sizes
+        for narrow in (False, True)
+    ]
+
+
 # 32,768 tokens in several forms, long ones and a short one; then larger states, a wider dtype, and lengths up to a
 # million. The widths are those of a model of 1.4 billion parameters (norms and steps: of 2.8).
 SHAPES: dict[str, list[Shape]] = {
@@ -144,6 +186,14 @@ SHAPES: dict[str, list[Shape]] = {
         *_scans(2048, 16, *[(1, 1024 * 4**k) for k in range(6)]),
     ],
     "selective_scan_step": _steps("selective_scan_step", "n", 16, 5120, 1, 64, 256),
+    "ssd": [
+        *_ssds(32, 64, 128, (32, 1024), (16, 2048), (2, 16384)),
+        *_ssds(32, 64, 64, (16, 2048)),
+        *_ssds(32, 64, 256, (16, 2048)),
+        *[shape for n in (16, 32, 64, 128, 256) for shape in _ssds(32, 64, n, (8, 4096))],
+        *_ssds(32, 64, 128, *[(1, 512 * 4**k) for k in range(6)]),
+    ],
+    "ssd_step": _ssd_steps(80, 64, 128, 1, 64, 256),
     "causal_conv": _convs(2048, (64, 512), (16, 2048), (1, 2048), (1, 32768)),
     "causal_conv_step": _steps("causal_conv_step", "w", 4, 5120, 1, 64, 256),
     "rms_norm": _norms("rms_norm", 4, 2048, 2560),
@@ -153,6 +203,8 @@ SHAPES: dict[str, list[Shape]] = {
 QUICK: dict[str, list[Shape]] = {
     "selective_scan": [*_scans(32, 4, (2, 64), (1, 64), (1, 128), (1, 256)), *_scans(32, 8, (2, 64), case="no gate")],
     "selective_scan_step": _steps("selective_scan_step", "n", 4, 32, 1, 3),
+    "ssd": [*_ssds(4, 8, 4, (2, 64), (1, 64), (1, 128), (1, 256)), *_ssds(4, 8, 8, (1, 64)), *_ssds(4, 8, 16, (1, 64))],
+    "ssd_step": _ssd_steps(4, 8, 4, 1, 3),
     "causal_conv": _convs(32, (2, 64)),
     "causal_conv_step": _steps("causal_conv_step", "w", 4, 32, 1, 3),
     "rms_norm": _norms("rms_norm", 2, 16, 64),
@@ -166,6 +218,6 @@ def smaller(shape: Shape, device: torch.device) -> dict[str, int]:
     if device.type == "cpu":
         return {"b": min(b, 1), "l": min(l, 64)}
     # Its graph holds some 5 states a position; 2**31 of their entries are 16 GiB.
-    states = math.prod(shape.sizes.get(letter, 1) for letter in ("d", "n"))
+    states = shape.width * shape.sizes.get("n", 1)
     b = min(b, 2)
     return {"b": b, "l": max(1, min(l, 1024, 2**31 // (5 * states * b)))}

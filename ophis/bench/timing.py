@@ -33,11 +33,16 @@ class Limits(NamedTuple):
 
     copy: float  # bytes a second, read and written
     exponentials: float | None  # a second
+    products: float | None = None  # floating-point operations a second, of matrices in bfloat16
 
-    def floor(self, moved: int, exponentials: int) -> float:
+    def floor(self, moved: int, exponentials: int, products: int = 0) -> float:
         """The milliseconds that nothing can be faster than."""
-        seconds = moved / self.copy
-        return 1e3 * (max(seconds, exponentials / self.exponentials) if self.exponentials else seconds)
+        seconds = [moved / self.copy]
+        if self.exponentials:
+            seconds.append(exponentials / self.exponentials)
+        if self.products:
+            seconds.append(products / self.products)
+        return 1e3 * max(seconds)
 
 
 def take_turns(calls: dict[str, Call], device: torch.device, repeats: int | None = None) -> dict[str, Times]:
@@ -135,7 +140,8 @@ def _graph(call: Call) -> torch.cuda.CUDAGraph | None:
 
 
 def limits(device: torch.device, quick: bool = False) -> Limits:
-    """Copying is measured; exponentials are 16 a clock and multiprocessor, as on every GPU of NVIDIA's from 2016 on."""
+    """Copying and matrix products are measured; exponentials are 16 a clock and multiprocessor, as on every GPU of
+    NVIDIA's from 2016 on."""
     source = torch.zeros(2**30 if device.type == "cuda" and not quick else 2**26, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
@@ -147,7 +153,24 @@ def limits(device: torch.device, quick: bool = False) -> Limits:
     rate = None
     if device.type == "cuda" and not torch.version.hip and (clock := _clock(device)):
         rate = 16 * clock * torch.cuda.get_device_properties(device).multi_processor_count
-    return Limits(2 * source.numel() / (milliseconds / 1e3), rate)
+    return Limits(2 * source.numel() / (milliseconds / 1e3), rate, _products(device, quick))
+
+
+def _products(device: torch.device, quick: bool) -> float | None:
+    """On numbers as they come: of zeros a product is a tenth faster."""
+    if device.type != "cuda":
+        return None
+    size = 1024 if quick else 8192
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+
+    multiply()
+    milliseconds = statistics.median(
+        _rounds({"products": multiply}, {"products": 5 if quick else 10}, device)["products"]
+    )
+    return 2 * size**3 / (milliseconds / 1e3)
 
 
 def _clock(device: torch.device) -> float | None:

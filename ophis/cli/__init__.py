@@ -17,7 +17,7 @@ from ophis import __version__
 from ophis.cli.errors import UserError
 
 # To add a command: a module in this folder, and its name here.
-COMMANDS = ("train", "generate", "info", "bench")
+COMMANDS = ("train", "generate", "convert", "evaluate", "info", "bench")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +28,12 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command: 0 if all went well, 2 if the user has to change something, 130 after Ctrl-C."""
     try:
-        arguments = parser().parse_args(argv)
+        commands = parser()
+        arguments, rest = commands.parse_known_args(argv)
+        if rest and not hasattr(arguments, "rest"):  # a command that hands arguments on has that default
+            commands.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            arguments.rest = rest
         return arguments.run(arguments)
     except UserError as error:
         print(f"ophis: error: {error}", file=sys.stderr)
@@ -41,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="ophis", description="State-space sequence models: train them, let them write, look around.")
+    top = Parser(
+        prog="ophis", description="State-space sequence models: train them, let them write, take them elsewhere."
+    )
     top.add_argument("--version", action="version", version=f"ophis {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:

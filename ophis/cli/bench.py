@@ -1,13 +1,14 @@
 """Measure this machine: operators by name, or else the 130M language models on the CPU.
 
-ophis bench selective_scan causal_conv    every backend that runs here, over the shapes of models
-ophis bench                               the language models, beside transformers'
-ophis bench --accelerated                 transformers' models after ophis.accelerate_transformers(), beside before
+ophis bench selective_scan ssd    every backend that runs here, over the shapes of models
+ophis bench                       the language models, beside transformers'
+ophis bench --accelerated         transformers' models after ophis.accelerate_transformers(), beside before
 
 Each row is printed as it comes and written to a CSV with the machine, the versions and the commit. An operator's
 backend is checked before it is timed, and left out where it is wrong (the exit code is then 1). Beside it stand the
-functions of mamba-ssm and causal-conv1d where they are installed, and its share of what the device could do: move the
-bytes, or take the exponentials. The training step of transformers' Mamba takes ten minutes; `--work` leaves it out.
+functions of mamba-ssm and causal-conv1d where they are installed, beside ssd also attention of the same width; and its
+share of what the device could do: move the bytes, take the exponentials, multiply the matrices. The training step of
+transformers' Mamba takes ten minutes; `--work` leaves it out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "operators",
         nargs="*",
         metavar="OP",
-        help="any of selective_scan, selective_scan_step, causal_conv, causal_conv_step, rms_norm, gated_rms_norm",
+        help="any of selective_scan, selective_scan_step, ssd, ssd_step, causal_conv, causal_conv_step, rms_norm, "
+        "gated_rms_norm",
     )
     parser.add_argument(
         "--out",

@@ -1,8 +1,8 @@
 """Let a trained model write.
 
-The model is a folder of `ophis train`, or any saved Mamba with its tokenizer. The text is printed as it is decoded,
-after the prompt. Without --prompt or --prompt-file, the prompt is read from standard input, unless that is a terminal;
-after an empty one, a text is begun.
+The model is a folder of `ophis train`, any saved Mamba with its tokenizer, or a name on the Hugging Face hub. The text
+is printed as it is decoded, after the prompt. Without --prompt or --prompt-file, the prompt is read from standard
+input, unless that is a terminal; after an empty one, a text is begun.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from ophis.cli.errors import UserError, user_errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="the model: config.json, model.safetensors, tokenizer.json")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="the model: config.json, model.safetensors, tokenizer.json; or its name"
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="a tokenizer from elsewhere, where the model has none")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with that; one line end at its end is dropped")
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with user_errors():
         model = load(arguments.folder, device="cuda" if torch.cuda.is_available() else None)
-        tokenizer = load_tokenizer(arguments.folder)
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.folder)
     written = prompt
     write(prompt)
 

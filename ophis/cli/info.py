@@ -11,6 +11,8 @@ OPTIONAL = (
     ("numba", "compiled kernels on CPUs"),
     ("accelerate", "ophis train"),
     ("rich", "ophis train"),
+    ("gguf", "ophis convert to and from GGUF"),
+    ("lm-eval", "ophis evaluate --tasks"),
     ("matplotlib", "plots"),
 )
 

@@ -12,22 +12,40 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from ophis.models import LanguageModel
+from ophis.models.gguf_file import is_gguf, open_gguf
+from ophis.models.gguf_tokenizer import tokenizer_from_gguf
+from ophis.models.hub import local_folder
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in a model's folder.
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in a model's folder or GGUF file, or that of a name on the hub.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: there is, but damaged.
     """
-    path = Path(folder) / "tokenizer.json"
+    folder = local_folder(name_or_folder, weights=False)
+    if is_gguf(folder):
+        return tokenizer_from_gguf(open_gguf(folder).keys)
+    path = folder / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json, so its model's tokens cannot be read as text")
+        raise FileNotFoundError(
+            f"{name_or_folder} has no tokenizer.json, so its model's tokens cannot be read as text; name a tokenizer "
+            "by --tokenizer, EleutherAI/gpt-neox-20b for one of the state-spaces models"
+        )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def check_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError where the tokenizer has more tokens than the model has rows for."""
+    rows = model.config.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them; it is another model's"
+        )
 
 
 def generate_text(
@@ -58,6 +76,7 @@ def generate_text(
         raise ValueError(f"top-p is {top_p}, expected more than 0 and at most 1")
     if max_new_tokens < 1:
         raise ValueError(f"the number of new tokens is {max_new_tokens}, expected at least 1")
+    check_vocabulary(model, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
     if seed is not None:
         torch.manual_seed(seed)

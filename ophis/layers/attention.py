@@ -76,13 +76,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=out_proj_bias, **factory)
 
     def initial_state(self, batch: int) -> AttentionState:
-        device = next(self.parameters()).device  # in_proj may be wrapped, or quantised
+        state = self._nothing(batch, next(self.parameters()).device)  # in_proj may be wrapped, or quantised
+        return state if self.conv1d is None else state._replace(conv=self.conv1d.initial_state(batch))
+
+    def _nothing(self, batch: int, device: torch.device) -> AttentionState:
+        """The state before the first position, but for the convolution's window."""
         nothing = torch.zeros(batch, 0, self.num_heads_kv, self.head_dim, device=device)
-        window = torch.zeros(batch, 0, self.qkv_dim, device=device)
-        if self.conv1d is not None:
-            window = self.conv1d.initial_state(batch)
         length = torch.zeros(batch, dtype=torch.int64, device=device)
-        return AttentionState(nothing, nothing, length, window)
+        return AttentionState(nothing, nothing, length, torch.zeros(batch, 0, self.qkv_dim, device=device))
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None
@@ -90,13 +91,14 @@ class Attention(nn.Module):
         """(b, l, d_model), after `state` or from nothing -> (b, l, d_model), the state after it."""
         check_input(self, x, self.d_model)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        first = state is None
         if state is None:
-            state = self.initial_state(sequences)
+            state = self._nothing(sequences, x.device)
         elif len(state.length) != sequences:
             raise ValueError(f"Attention: the state is of {len(state.length)} sequences, x of {sequences}")
         qkv, window = self.in_proj(x), state.conv
         if self.conv1d is not None:
-            qkv, window = self.conv1d(qkv, window, cu_seqlens=cu_seqlens)
+            qkv, window = self.conv1d(qkv, None if first else window, cu_seqlens=cu_seqlens)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.num_heads, self.num_heads_kv, self.num_heads_kv], 2)
         if cu_seqlens is None:

@@ -113,16 +113,16 @@ class Mamba(SSMParameters):
             dt, B, C = (F.rms_norm(t, t.shape[-1:], eps=self.norm_eps) for t in (dt, B, C))
         # The scan adds the bias as it reads dt: a sum in float32 here would be twice as wide, and a pass over it more.
         # Whatever stands in dt_proj's place, an adapter or a quantised layer, adds its own.
-        plain = type(self.dt_proj) is StepProjection
+        dt, bias = self.dt_proj(dt, split=True) if type(self.dt_proj) is StepProjection else (self.dt_proj(dt), None)
         y, ssm = ops.selective_scan(
             x,
-            self.dt_proj(dt, add_bias=False) if plain else self.dt_proj(dt),
+            dt,
             -torch.exp(self.A_log),
             B,
             C,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias if plain else None,
+            dt_bias=bias,
             dt_softplus=True,
             initial_state=ssm,
             cu_seqlens=cu_seqlens,
@@ -168,6 +168,7 @@ class StepProjection(SSMParameters, nn.Linear):
     def reset_ssm_parameters(self) -> None:
         self.bias.copy_(log_uniform_steps(self.out_features, *self.steps))
 
-    def forward(self, input: Tensor, *, add_bias: bool = True) -> Tensor:
+    def forward(self, input: Tensor, *, split: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x W^T + bias; with `split` the two apart, for a scan that adds them as it reads."""
         dt = F.linear(input, self.weight)
-        return dt + self.bias if add_bias else dt
+        return (dt, self.bias) if split else dt + self.bias

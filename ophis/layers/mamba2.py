@@ -139,9 +139,9 @@ class Mamba2(SSMParameters):
     ) -> tuple[Tensor, Mamba2State]:
         """(b, l, d_model), from `state` or from the initial one -> (b, l, d_model), the state after it."""
         check_input(self, x, self.d_model)
-        if state is None and self.init_states is not None:
-            state = self.initial_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         window, ssm = state if state is not None else (None, None)
+        if state is None and self.init_states is not None:
+            ssm = self.init_states.expand(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, -1, -1, -1)
         gate, skip, z, xBC, dt = self.in_proj(x).split(
             [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads], -1
         )

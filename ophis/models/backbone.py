@@ -50,6 +50,11 @@ def run(
 
     `call(layer, *arguments)` may stand between, as gradient checkpointing does. `outputs` collects every block's input.
     """
+    if cu_seqlens is not None and not x.shape[1]:  # nothing but padding: no layer runs, no state changes
+        if outputs is not None:
+            outputs.extend([x] * len(layers))
+        sequences = len(cu_seqlens) - 1
+        return x, tuple(states or (layer.initial_state(sequences) for layer in layers))  # type: ignore[operator]
     after = []
     for i, layer in enumerate(layers):
         if outputs is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -13,8 +16,10 @@ from ophis.layers.mamba import StepProjection
 from ophis.layers.ssm_parameters import SSMParameters
 from ophis.models import backbone
 from ophis.models.config import LanguageModelConfig
-from ophis.models.padding import Ragged
-from ophis.models.state import ModelState
+from ophis.models.generating import StatefulGeneration
+from ophis.models.official_format import NAMES
+from ophis.models.packing import Packing
+from ophis.models.state import ModelState, fingerprint
 
 
 class LanguageModelBase(PreTrainedModel):
@@ -23,9 +28,28 @@ class LanguageModelBase(PreTrainedModel):
     config: LanguageModelConfig
     config_class = LanguageModelConfig
     base_model_prefix = "backbone"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' protocol)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (each layer's state is where the layer is)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.vocab_size % self.config.pad_vocab_size_multiple:  # a saved config rounds up to it
+            self.config.pad_vocab_size_multiple = 1
+        return embeddings
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """transformers' own, for each of the folders that `ophis.load` reads: the configuration sees to their keys."""
+        renamed = {f"^{re.escape(theirs)}$": ours for theirs, ours in NAMES.items()}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"key_mapping": renamed, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "key_mapping" not in kwargs and getattr(model, "hf_quantizer", None) is None:
+            # Or `save_pretrained` would give tensors their official names back.
+            model._weight_conversions = None  # type: ignore[assignment]
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -62,12 +86,6 @@ class LanguageBackbone(LanguageModelBase):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
-
     @can_return_tuple
     def forward(
         self,
@@ -76,8 +94,9 @@ class LanguageBackbone(LanguageModelBase):
         inputs_embeds: Tensor | None = None,
         past_key_values: ModelState | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        packing: Packing | None = None,
+        **arguments: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (b, l, hidden_size) after the final norm, and the state after the last position.
 
@@ -87,42 +106,44 @@ class LanguageBackbone(LanguageModelBase):
                 padding, on either side, is neither computed nor seen.
             past_key_values: the state to go on from.
             use_cache: whether the state is returned; by default as configured, outside training.
-            cu_seqlens: (sequences + 1,), int32 offsets of sequences packed in a batch of 1; states then have one row
-                a sequence.
             output_hidden_states: also return every block's input, and the final output.
+            packing: mask and arguments as `Packing.of` reads them, for callers that need them read themselves.
+            **arguments: sequences packed in a row, as cu_seqlens, seq_idx, position_ids or under the names of
+                transformers' collators (`PackingArguments`); states then have one row a sequence.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("LanguageModel: give either input_ids or inputs_embeds")
+        shape = batch_shape(input_ids, inputs_embeds)
+        past = ModelState.of(past_key_values)
+        if packing is None:
+            packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        past = past_key_values if past_key_values is not None else ModelState()
-        l = x.shape[1]
-        ragged = None
-        if attention_mask is not None and cu_seqlens is None and l > 1:
-            ragged = Ragged.of(attention_mask[:, -l:])
-            if ragged is not None:
-                x, cu_seqlens = ragged.pack(x), ragged.cu_seqlens
+        cu_seqlens = None
+        if packing is not None:
+            x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         call = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
         inputs: list[Tensor] | None = [] if output_hidden_states else None
         x, states = backbone.run(self.layers, x, past.layers, cu_seqlens=cu_seqlens, call=call, outputs=inputs)
         x, _ = self.norm_f(x)
         hidden = None if inputs is None else (*inputs, x)
-        if ragged is not None:
-            x = ragged.unpack(x)
-            hidden = None if hidden is None else tuple(map(ragged.unpack, hidden))
+        if packing is not None:
+            x = packing.unpack(x)
+            hidden = None if hidden is None else tuple(map(packing.unpack, hidden))
         keep = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
+        after = None
+        if keep and packing is not None and packing.documents:
+            after = ModelState(states)  # of many texts, each with a length of its own
+        elif keep:
+            known = None
+            if input_ids is not None and (past.fingerprint is not None or not past.length):
+                known = fingerprint(input_ids, past.fingerprint)
+            after = ModelState(states, past.length + shape[1], known)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=ModelState(states, past.length + l) if keep else None,  # type: ignore[arg-type]
+            past_key_values=after,  # type: ignore[arg-type]
             hidden_states=hidden,
         )
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         assert input_ids is not None
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"LanguageModel: input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}, expected "
-                "integers of shape (batch, length)"
-            )
         # nn.Embedding's own message names neither the id nor the size; on a GPU the check would wait for it.
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
             low, high = int(input_ids.min()), int(input_ids.max())
@@ -134,7 +155,7 @@ class LanguageBackbone(LanguageModelBase):
         return self.embeddings(input_ids)
 
 
-class LanguageModel(LanguageModelBase, GenerationMixin):
+class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # transformers looks for its own mixin
     """A causal language model of any pattern of layers.
 
         config = LanguageModelConfig(hidden_size=256, num_hidden_layers=8, pattern=["mamba2"] * 3 + ["attention"],
@@ -154,18 +175,6 @@ class LanguageModel(LanguageModelBase, GenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     @can_return_tuple
     def forward(
         self,
@@ -176,34 +185,41 @@ class LanguageModel(LanguageModelBase, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (b, l, vocab_size), and the state after the last position.
 
         Args:
             labels: (b, l), -100 where there is no loss; the shift by one happens here. The loss is the mean
-                cross-entropy in nats.
+                cross-entropy in nats, of tokens that follow another of their own sequence.
             logits_to_keep: logits of the last so many positions only; 0 for all.
+            num_items_in_batch: divide the sum of the losses by this instead of by their number, as `Trainer` does
+                where a step's batch comes in parts.
             The others: as for `LanguageBackbone.forward`.
         """
+        shape, past = batch_shape(input_ids, inputs_embeds), ModelState.of(past_key_values)
+        packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         outputs = self.backbone(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=past,
             use_cache=use_cache,
-            cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
+            packing=packing,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if cu_seqlens is not None:  # a sequence's first token is not what follows another sequence
-                labels = labels.index_fill(1, cu_seqlens[:-1].long().clamp(max=labels.shape[1] - 1), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels if packing is None else packing.mask_labels(labels),
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -211,15 +227,17 @@ class LanguageModel(LanguageModelBase, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """`generate` starts from an empty `ModelState`, or from the one it is given."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"LanguageModel: cache_implementation={generation_config.cache_implementation!r} is for attention "
-                "caches; leave it out, the state of this model has one form"
-            )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ModelState()
 
-    def _reorder_cache(self, past_key_values: ModelState, beam_idx: Tensor) -> ModelState:
-        return past_key_values.select(beam_idx)
+def batch_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """(b, l) of whichever is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("LanguageModel: give either input_ids or inputs_embeds")
+    if inputs_embeds is not None:
+        return inputs_embeds.shape[0], inputs_embeds.shape[1]
+    assert input_ids is not None
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"LanguageModel: input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}, expected "
+            "integers of shape (batch, length)"
+        )
+    return input_ids.shape[0], input_ids.shape[1]

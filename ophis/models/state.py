@@ -1,26 +1,41 @@
-"""The state of a whole model between two calls."""
+"""The state of a whole model between two calls.   b batch  l length"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-T = TypeVar("T")
+_MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator; sums are modulo 2^64, as int64 wraps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelState:
     """What the layers remember, one entry each, after `length` positions (padding counted).
 
     A value: a call never changes the state it is given, so a state that was kept is a snapshot to return to, and two
     continuations may start from one state. It is what transformers' `generate` carries as `past_key_values`.
+
+    `generate` is given the whole text, of which the state has read the beginning, as with any cache of transformers;
+    `as_prefix` is for giving it only what follows.
     """
 
     layers: tuple[Any, ...] | None = None  # None: before the first position
     length: int = 0
+    fingerprint: Tensor | None = None  # (b,) int64, of the token ids read; None where they are not known
+
+    @classmethod
+    def of(cls, past: Any) -> ModelState:
+        """The state that a call is given to go on from; the empty one for None. Another cache is a TypeError."""
+        if past is not None and not isinstance(past, cls):
+            raise TypeError(
+                f"LanguageModel: past_key_values is a {type(past).__name__}, expected the ModelState of an earlier "
+                "call; leave it out to begin anew"
+            )
+        return cls() if past is None else past
 
     # The part of transformers' cache protocol that `generate` calls.
     is_compileable = False
@@ -29,12 +44,26 @@ class ModelState:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
+    @property
+    def rows(self) -> int | None:
+        """Sequences it is of; None before the first position, when it goes with any number."""
+        return None if self.layers is None else pytree.tree_leaves(self.layers)[0].shape[0]
+
+    def as_prefix(self) -> ModelState:
+        """The same as the past of a new text, whose positions count from 0: `generate` reads all that it is given.
+
+        state = model(chapter).past_key_values
+        model.generate(question, past_key_values=state.as_prefix())
+        """
+        return ModelState(self.layers)
+
     def map(self, function: Any) -> ModelState:
         """The same with `function` applied to every tensor."""
-        return ModelState(pytree.tree_map_only(Tensor, function, self.layers), self.length)
+        layers = pytree.tree_map_only(Tensor, function, self.layers)
+        return replace(self, layers=layers, fingerprint=pytree.tree_map_only(Tensor, function, self.fingerprint))
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelState:
-        return self.map(lambda t: t.to(*args, **kwargs))
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ModelState:
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def detach(self) -> ModelState:
         """Cuts the graph: truncated backpropagation through time."""
@@ -43,3 +72,24 @@ class ModelState:
     def select(self, rows: Tensor) -> ModelState:
         """Those rows of the batch, in that order."""
         return self.map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def repeat(self, times: int) -> ModelState:
+        """Every row so often, one behind the other: 0 0 1 1 for two of two."""
+        return self.map(lambda t: t.repeat_interleave(times, 0))
+
+
+def fingerprint(ids: Tensor, before: Tensor | None = None) -> Tensor:
+    """(b,) int64 of token ids (b, l), after those that `before` is of. The same however the ids are cut into calls.
+
+    The polynomial sum_i (id_i + 1) m^(l-1-i), modulo 2^64: a few integer operations, and no two texts that differ by
+    accident have the same.
+    """
+    ids = ids.long() + 1
+    if ids.shape[1] == 1:  # decoding, where every operation counts
+        total, factor = ids[:, 0], _MULTIPLIER
+    else:
+        powers = torch.full((ids.shape[1] + 1,), _MULTIPLIER, dtype=torch.int64, device=ids.device)
+        powers[0] = 1
+        powers = powers.cumprod(0)
+        total, factor = (ids * powers[:-1].flip(0)).sum(1), powers[-1]
+    return total if before is None else total + before * factor

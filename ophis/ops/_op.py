@@ -68,13 +68,14 @@ class Op(Generic[P, R]):
         self._defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         self._backends: dict[str, Backend] = {}
         self._loaded = False
-        self._fitting: set[Any] = set()  # shapes, dtypes and devices already found to fit
+        self._known: dict[Any, str] = {}  # the backends of calls like those that were checked before
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         call = self._bind(args, kwargs)
-        asked = call.pop("backend")
-        self._check(call)
-        function = self._choose(call, asked).function
+        asked = call.pop("backend") or _forced.get(self.name) or _forced.get("*")
+        key = self._key(call, asked)
+        name = None if key is None else self._known.get(key)
+        function = self._backends[name or self._checked(call, asked, key)].function
         device = call[self._positional[0]].device.type
         if torch.is_autocast_enabled(device):  # an op chooses its own precision: states stay float32
             with torch.autocast(device, enabled=False):
@@ -109,8 +110,9 @@ class Op(Generic[P, R]):
             else:  # its compiler may be missing, or cost a second to import in vain
                 self._backends[folder] = Backend(folder, self.reference, lambda call, reason=reason: reason)
         # A module registers all its ops, so the first of them to be loaded brings backends to the others, out of turn.
-        turns = {name: turn for turn, name in enumerate(FOLDERS)}
-        self._backends = dict(sorted(self._backends.items(), key=lambda item: turns.get(item[0], -1)))
+        for folder in FOLDERS:
+            if folder in self._backends:
+                self._backends[folder] = self._backends.pop(folder)
         self._backends["reference"] = Backend("reference", self.run_reference, lambda call: None)
         self._loaded = True
 
@@ -121,8 +123,38 @@ class Op(Generic[P, R]):
         self._check(call)
         return {b.name: b.why_not(call) for b in self.backends}
 
+    def _key(self, call: Call, asked: str | None) -> Any:
+        """All that the checks and the choice of a backend depend on, whether a gradient is wanted among it; None where
+        they have to be made each time.
+
+        Looking a call up takes 10 us where checking it takes 70: decoding repeats the same few calls.
+        """
+        if call.get("cu_seqlens") is not None or torch.compiler.is_compiling():
+            return None
+        parts: list[Any] = [asked, *self._backends]
+        grad = torch.is_grad_enabled()
+        for name in self._names:
+            value: Any = call.get(name)
+            if type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided:
+                wanted = grad and value.requires_grad
+                parts.append((value.shape, value.stride(), value.dtype, value.device, wanted))
+            elif value is None or isinstance(value, (bool, int, float, str, tuple)):
+                parts.append((type(value), value))  # True is not 1
+            else:
+                return None
+        return tuple(parts)
+
+    def _checked(self, call: Call, asked: str | None, key: Any) -> str:
+        """The name of the backend, once the call is found to fit; kept for others like it."""
+        self._check(call)
+        name = self._choose(call, asked).name
+        if key is not None:
+            if len(self._known) >= 1024:  # lengths vary without end
+                self._known.clear()
+            self._known[key] = name
+        return name
+
     def _choose(self, call: Call, asked: str | None) -> Backend:
-        asked = asked or _forced.get(self.name) or _forced.get("*")
         backends = self.backends
         if asked is None:
             return next(b for b in backends if b.why_not(call) is None)
@@ -172,14 +204,6 @@ class Op(Generic[P, R]):
     # Checks. Every error says: op, argument, what came, what was expected.
 
     def _check(self, call: Call) -> None:
-        # Looking a call up takes 5 us where checking it takes 50: decoding repeats the same few calls.
-        key = None
-        if call.get("cu_seqlens") is None and not torch.compiler.is_compiling():
-            tensors = [call[name] for name in self.shapes]
-            if all(t is None or isinstance(t, Tensor) for t in tensors):
-                key = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-                if key in self._fitting:
-                    return
         sizes: dict[str, Any] = {}
         first = call[self._positional[0]]
         for name, alternatives in self.shapes.items():
@@ -210,10 +234,6 @@ class Op(Generic[P, R]):
             raise ValueError(f"{self.name}: x has length 0, expected at least 1")
         if call.get("cu_seqlens") is not None:
             self._check_packing(call, sizes)
-        if key is not None:
-            if len(self._fitting) >= 1024:  # lengths vary without end
-                self._fitting.clear()
-            self._fitting.add(key)
 
     def _fit(self, name: str, tensor: Tensor, alternatives: Any, sizes: dict[str, Any], call: Call) -> bool:
         rows = _sequences(call) if name == "initial_state" else None

@@ -4,6 +4,8 @@
 #include <ucontext.h>
 
 #include <math.h>
+#include <algorithm>
+#include <cstdlib>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -21,6 +23,7 @@
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -32,7 +35,7 @@ struct Index3 { int x = 0, y = 0, z = 0; };
 inline Index3 threadIdx, blockIdx, blockDim;
 
 constexpr int SHARED = 227 * 1024;
-alignas(16) char memory[SHARED];  // of the one block that runs
+alignas(1024) char memory[SHARED];  // of the one block that runs
 
 // Fibers
 
@@ -67,6 +70,27 @@ inline void meet(Meeting& meeting) {
 inline void __syncthreads() { meet(block); }
 inline void __syncwarp() { meet(warps[threadIdx.x / 32]); }
 
+inline std::vector<Meeting> barriers;
+
+inline void pass_barrier(int barrier, int threads) {
+  Meeting& meeting = barriers[barrier];
+  meeting.alive = threads, ++meeting.arrived;
+  release(meeting);
+}
+
+inline void await_barrier(int barrier, int threads) {
+  barriers[barrier].alive = threads;
+  meet(barriers[barrier]);
+}
+
+inline void create_signal(unsigned long long* s) { *s = 0; }
+inline void signal(unsigned long long* s) { ++*s; }
+inline void await_signal(unsigned long long* s, int turn) {
+  while (int(*s & 1) == turn) give_way();
+}
+
+inline int of_warp(int v) { return v; }
+
 inline void begin() {
   body();
   fibers[threadIdx.x].done = true;
@@ -82,6 +106,7 @@ inline void run(long blocks, int threads, std::function<void()> kernel) {
   for (long i = 0; i < blocks; ++i) {
     std::memset(memory, 0xff, SHARED);  // NaN: what is read was written
     block = Meeting{0, 0, threads};
+    barriers.assign(16, Meeting{});
     warps.assign((threads + 31) / 32, Meeting{0, 0, 32});
     for (Fiber& fiber : fibers) {
       fiber.done = false;
@@ -104,13 +129,18 @@ inline void run(long blocks, int threads, std::function<void()> kernel) {
 
 // What a warp's threads give each other.
 
-inline float __shfl_xor_sync(unsigned, float v, int lanes) {
+inline float given_by(int other, float v) {
+  fibers[threadIdx.x].given[0] = v;
+  __syncwarp();
+  const float theirs = fibers[other].given[0];
+  __syncwarp();
+  return theirs;
+}
+
+inline float __shfl_xor_sync(unsigned, float v, int lanes) { return given_by(threadIdx.x ^ lanes, v); }
+inline float __shfl_up_sync(unsigned, float v, int lanes) {
   const int thread = threadIdx.x;
-  fibers[thread].given[0] = v;
-  __syncwarp();
-  const float other = fibers[thread ^ lanes].given[0];
-  __syncwarp();
-  return other;
+  return given_by(thread % 32 < lanes ? thread : thread - lanes, v);
 }
 
 inline float as_tf32(float f) { return __uint_as_float(__float_as_uint(f) & 0xffffe000u); }

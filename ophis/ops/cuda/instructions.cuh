@@ -49,11 +49,40 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
+// What all threads of a warp have: the compiler may keep it once for all of them.
+__device__ __forceinline__ int of_warp(int v) { return __shfl_sync(~0u, v, 0); }
+
 // SIZE bytes, 4, 8 or 16, into shared memory, or zeros; it goes its own way until `await_copies`.
 template <int SIZE> __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
                "n"(SIZE), "r"(there ? SIZE : 0)
                : "memory");
+}
+
+// Between two groups of threads, `threads` in all: one that has something ready goes on, one that needs it waits.
+__device__ __forceinline__ void pass_barrier(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void await_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// A signal in shared memory that one thread gives and others wait for, again and again: its turns are 0, 1, 0, 1 ...
+__device__ __forceinline__ void create_signal(unsigned long long* s) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"((unsigned)__cvta_generic_to_shared(s)) : "memory");
+}
+
+__device__ __forceinline__ void signal(unsigned long long* s) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"((unsigned)__cvta_generic_to_shared(s)) : "memory");
+}
+
+__device__ __forceinline__ void await_signal(unsigned long long* s, int turn) {
+  asm volatile(
+      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }" ::"r"(
+          (unsigned)__cvta_generic_to_shared(s)),
+      "r"(turn)
+      : "memory");
 }
 
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

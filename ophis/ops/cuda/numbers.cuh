@@ -82,7 +82,8 @@ template <int KIND> __device__ __forceinline__ Four<KIND> narrow4(const float (&
 template <int KIND> __device__ __forceinline__ void put4(void* p, long long i, const float (&f)[4], bool adjacent, int count) {
   typename Stored<KIND>::type* to = static_cast<typename Stored<KIND>::type*>(p) + i;
   if (adjacent) {
-    if (count > 0) *reinterpret_cast<Four<KIND>*>(to) = narrow4<KIND>(f);
+    const Four<KIND> v = narrow4<KIND>(f);  // whether it is stored or not: no branch for a store
+    if (count > 0) *reinterpret_cast<Four<KIND>*>(to) = v;
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k)

@@ -9,6 +9,10 @@
 typedef long long i64;
 
 constexpr int KEEP_EVERY = 32;  // positions from one kept state to the next
+// States are kept for the backward pass in the signals' dtype where that has their exponents: rounded like the gradients
+// that they go into.
+constexpr int KEPT_KIND = X_KIND == BFLOAT16 ? BFLOAT16 : FLOAT32;
+constexpr int TILES = (N + 15) / 16;  // the backward pass takes states 16 at a time
 
 struct Strides { i64 b, l, d; };  // d: of channels, or of groups for B and C, whose states lie side by side
 
@@ -18,7 +22,7 @@ struct Params {
   const int* offsets;  // of packed sequences
   void* y;
   float *final_state;  // (sequences or b, d, n)
-  float *kept;         // (b, l / KEEP_EVERY, d, N)
+  void *kept;          // see `kept_at`
   float *carry;        // (b, segments, d, N): the state, or its gradient, that comes into a segment
   float *span;         // (b, segments, d): the sum of a segment's steps; -1 where nothing passes through it
   // backward only
@@ -33,6 +37,13 @@ struct Params {
   Strides sx, sdt, sz, sdy, sB, sC;
   i64 batch, length, channels, states, groups, sequences, segment, segments;
 };
+
+// Where states n ... n + 3 of a channel are kept, in fours: (b, l / KEEP_EVERY, d / 16, TILES, 2, 4, 8) for every other
+// one of 16 channels, quarters of 16 states and pairs of channels, as the threads of a warp have them in the backward pass.
+__device__ __forceinline__ i64 kept_at(i64 channels, i64 row, i64 channel, int n) {
+  const i64 tile = (row * ((channels + 15) / 16) + channel / 16) * TILES + n / 16;
+  return (tile * 2 + channel % 2) * 32 + n % 16 / 4 * 8 + channel % 16 / 2;
+}
 
 __device__ __forceinline__ i64 least(i64 a, i64 b) { return a < b ? a : b; }
 

@@ -2,13 +2,18 @@
 
 b batch  l length  d channels  n state size  g groups of channels
 
-The algorithm is told in docs/kernels.md, the kernels are in the .cu files of this folder.
+The algorithm is told in docs/kernels.md, the kernels are in the .cu files of this folder. What calls with the same
+sizes, strides and dtypes have in common is worked out once for all of them, in a plan: with it a call takes Python some
+20 us, without 100.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import NamedTuple
+import itertools
+import struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +31,8 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class Shape(NamedTuple):
     """How a block of the forward kernel, and of the carry's, is laid out: the macros of selective_scan_forward.cu."""
 
-    lanes: int  # keepers that share their channels
+    lanes: int  # keepers that share two channels
     states: int  # of a channel in a keeper
-    per: int  # channels of a keeper
     channels: int  # of a block
     preparers: int
     steps: int  # positions prepared at once
@@ -36,53 +40,66 @@ class Shape(NamedTuple):
     blocks: int  # that fit on a multiprocessor; registers are given out accordingly
 
     @property
-    def keepers(self) -> int:
-        return self.channels // self.per * self.lanes
+    def threads(self) -> int:
+        return self.channels // 2 * self.lanes + self.preparers
 
     @property
     def shared(self) -> int:
         """Bytes of `Shared`."""
         vectors = max(1, 2 * self.states // 4)
         chunk = self.steps * (2 * self.channels + 4 * vectors * self.lanes + 1) + 4
-        row = self.channels // self.per + (4 if self.per == 1 else 0)
-        return 4 * 2 * (chunk + self.steps * self.lanes * self.per // 4 * row * 4)
+        return 4 * 2 * (chunk + self.steps * self.lanes // 2 * self.channels // 2 * 4)
 
     @property
     def macros(self) -> runtime.Macros:
-        names = ("LANES", "S", "PER", "CHANNELS", "PREPARERS", "STEPS", "UNROLL", "BLOCKS")
+        names = ("LANES", "S", "CHANNELS", "PREPARERS", "STEPS", "UNROLL", "BLOCKS")
         return tuple(zip(names, self, strict=True))
 
 
 # By the state size, rounded up.
 SHAPES = {
-    8: Shape(4, 2, 2, 64, 128, 16, 1, 3),
-    16: Shape(4, 4, 2, 64, 128, 16, 1, 3),
-    32: Shape(8, 4, 2, 32, 128, 16, 1, 3),
-    64: Shape(8, 8, 2, 32, 128, 16, 1, 2),
-    128: Shape(16, 8, 2, 16, 128, 16, 1, 2),
-    256: Shape(16, 16, 2, 16, 128, 8, 1, 1),
+    8: Shape(4, 2, 64, 128, 16, 1, 3),
+    16: Shape(4, 4, 64, 128, 16, 1, 3),
+    32: Shape(8, 4, 32, 128, 16, 1, 3),
+    64: Shape(8, 8, 32, 128, 16, 1, 2),
+    128: Shape(16, 8, 16, 128, 16, 1, 2),
+    256: Shape(16, 16, 16, 128, 8, 1, 1),
 }
-# For n = 16 where batch and channels are few: fewer states a keeper, and a multiprocessor for 16 channels. With it one
-# sequence of 2048 channels fills the machine in one pass, where in segments almost every exponential is taken twice. Up
-# to some thousand positions it is the faster one: 0.064 ms against 0.068 at 2048, 0.93 against 0.83 at 32768.
-NARROW = Shape(8, 2, 1, 16, 256, 64, 4, 1)
-NARROW_LONGEST = 4096
-WARPS, BLOCKS = 4, 2  # of the backward kernel: warps of a block, 16 channels each; blocks on a multiprocessor
+RUNNERS = 16  # of selective_scan_relay.cu: warps that share 16 channels
 # Segments make up to so many blocks for each multiprocessor, none of them shorter than SHORTEST positions.
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2
 SHORTEST = 4 * KEEP_EVERY
 
 
-def shape_for(x: Tensor, size: int) -> Shape:
-    b, l, d = x.shape
-    blocks, processors = b * -(-d // NARROW.channels), runtime.multiprocessors(x.device)
-    narrow = size == 16 and l <= NARROW_LONGEST and processors / 2 <= blocks <= processors
-    return NARROW if narrow else SHAPES[size]
+def relay_pays(b: int, d: int, device: torch.device) -> bool:
+    """Whether a relay, which takes 16 channels a multiprocessor through time, beats blocks of 64 channels.
+
+    It does where these would have to be cut into segments to fill the machine, and then take almost every exponential
+    twice (1 x 32768 x 2048 channels: 0.64 ms against 0.85), unless the channels are so few, or so little more than the
+    multiprocessors have room for, that segments fill it much better.
+    """
+    processors = runtime.multiprocessors(device)
+    teams, blocks = b * -(-d // 16), b * -(-d // 64)
+    return blocks < 1.5 * processors and 0.75 * processors * -(-teams // processors) < teams
 
 
-def segments_for(x: Tensor, channels: int, wanted: int) -> int:
-    blocks = x.shape[0] * -(-x.shape[2] // channels)
-    return max(1, min(wanted * runtime.multiprocessors(x.device) // blocks, -(-x.shape[1] // SHORTEST)))
+def segments_for(b: int, l: int, d: int, channels: int, wanted: int, device: torch.device) -> int:
+    """In how many parts blocks of so many channels take the length."""
+    blocks = b * -(-d // channels)
+    most = max(1, min(wanted * runtime.multiprocessors(device) // blocks, -(-l // SHORTEST)))
+    return -(-l // segment_of(l, most))
+
+
+def segment_of(l: int, segments: int) -> int:
+    """How long each part but the last is: a multiple of KEEP_EVERY."""
+    return -(-l // segments // KEEP_EVERY) * KEEP_EVERY
+
+
+def warps_for(b: int, l: int, d: int, groups: int, macros: dict[str, int]) -> int:
+    """Of a block of the backward kernel, 16 channels each. Eight leave half the partial sums that four do, and are as
+    fast where there is enough to do."""
+    fit = d // groups % 128 == 0 and backward_shared(8, **macros) <= 227 * 1024
+    return 8 if fit and b * l * d >= 2**24 else 4
 
 
 def padded(n: int) -> int:
@@ -116,174 +133,294 @@ def why_not_these(call) -> str | None:
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
-    call = Launches(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
-    b = x.shape[0]
-    y, kept = x.new_empty(x.shape), A.new_empty(kept_shape(x, A, cu_seqlens) if keep else 0)
-    final_state = A.new_empty(b if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
-    if cu_seqlens is not None:  # what an empty sequence ends with
-        final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
-    shape = shape_for(x, call.N)
-    call.split(1 if shape is NARROW else segments_for(x, shape.channels, FORWARD_BLOCKS))
-    call.set(y=y, final_state=final_state, kept=kept)
+    A, D, dt_bias, initial_state = dense(A, D, dt_bias, initial_state)
     with runtime.on_device_of(x):
-        if call.segments > 1:
-            call.carry("states", "pass_states", shape)
-        call.launch("outputs", shape, keep)
+        call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
+        plan = forward_plan(call, keep)
+        y, final_state = x.new_empty(x.shape), A.new_empty(plan.states)
+        kept = A.new_empty(kept_shape(x, A, cu_seqlens)) if keep else None
+        if cu_seqlens is not None:  # what an empty sequence ends with
+            final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
+        scratch = Scratch(A, plan.scratch)
+        tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
+        plan.run(scratch, **tensors, y=y, final_state=final_state, kept=kept)
     return y, final_state, kept
 
 
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
-    call = Launches(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dy)
-    b, l, d = x.shape
-    n, N = A.shape[1], call.N
-    d_final = None if d_final is None else d_final.contiguous()
-    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    dz, d_initial = (None if t is None else t.new_empty(t.shape) for t in (z, initial_state))
-    if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
-        d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
-    call.split(segments_for(x, 16 * WARPS, BACKWARD_BLOCKS))
-    rows = b * call.segments
-    d_rates, d_skip, d_bias = A.new_empty(rows, d, N), A.new_empty(rows, d), A.new_empty(rows, d)
-    d_bc = A.new_empty(-(-d // (16 * WARPS)), b, l, 2, N)
-    call.set(kept=kept, d_final=d_final, dx=dx, ddt=ddt, dz=dz, d_initial=d_initial)
-    call.set(d_bc=d_bc, d_rates=d_rates, d_skip=d_skip, d_bias=d_bias)
+    A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     with runtime.on_device_of(x):
-        if call.segments > 1:
-            call.carry("gradients", "pass_gradients", SHAPES[N])
-        elif N > 16:
-            call.set(carry=A.new_empty(rows, d, N))  # where the kernel keeps a tile's flow between chunks
-        call.launch_backward(dB, dC, d_bc)
-    if rows > 1:
-        d_rates, d_skip, d_bias = d_rates.sum(0, keepdim=True), d_skip.sum(0, keepdim=True), d_bias.sum(0, keepdim=True)
-    return dx, ddt, d_rates[0, :, :n].contiguous(), dB, dC, d_skip[0], dz, d_bias[0], d_initial
+        call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
+        plan = backward_plan(call)
+        dx, ddt, dA, dB, dC = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
+        dD, dz, d_dt_bias, d_initial = (
+            None if t is None else t.new_empty(t.shape) for t in (D, z, dt_bias, initial_state)
+        )
+        if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
+            d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
+        scratch = Scratch(A, plan.scratch)
+        tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
+        results = dict(dx=dx, ddt=ddt, dz=dz, d_initial=d_initial)
+        plan.run(scratch, **tensors, kept=kept, dy=dy, d_final=d_final, **results)
+        plan.gather(scratch, dB=dB, dC=dC, dA=dA, dD=dD, d_dt_bias=d_dt_bias)
+    return dx, ddt, dA, dB, dC, dD, dz, d_dt_bias, d_initial
 
 
 def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    return x.shape[0], -(-x.shape[1] // KEEP_EVERY), A.shape[0], padded(A.shape[1])
+    """Of float32, or of pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
+    b, l, d = x.shape
+    states = -(-d // 16) * 16 * -(-A.shape[1] // 16) * 16
+    return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
 
 
-# The fields of `Params` in selective_scan.cuh, all of 64 bits.
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Parameters and states are small: copies where they are not contiguous cost nothing."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+# What calls have in common
+
+
+class Signal(NamedTuple):
+    """A tensor, but for its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    beyond: int  # bytes from a multiple of 16 to where it starts
+
+    @property
+    def in_fours(self) -> bool:
+        """Whether four neighbours on the last axis can be read at once, wherever one starts."""
+        *strides, last = self.strides
+        if last != 1 or self.shape[-1] % 4 or self.beyond % (4 * self.dtype.itemsize):
+            return False
+        return not any(stride % 4 for stride in strides)
+
+
+class Described(NamedTuple):
+    """A call, but for its numbers: what its kernels and most of their parameters follow from."""
+
+    x: Signal
+    dt: Signal
+    B: Signal
+    C: Signal
+    z: Signal | None
+    dy: Signal | None
+    n: int
+    has_skip: bool
+    has_bias: bool
+    softplus: bool
+    sequences: int  # 0: not packed
+    device: torch.device
+
+    @property
+    def groups(self) -> int:
+        return self.B.shape[2] if len(self.B.shape) == 4 else 1
+
+    @property
+    def macros(self) -> dict[str, int]:
+        signals = [t for t in (self.x, self.dt, self.z, self.dy, self.B, self.C) if t is not None]
+        return {
+            "N": padded(self.n),
+            "X_KIND": KINDS[self.x.dtype],
+            "DT_KIND": KINDS[self.dt.dtype],
+            "BC_KIND": KINDS[self.B.dtype],
+            "Z_KIND": KINDS[(self.z or self.x).dtype],
+            "HAS_Z": int(self.z is not None),
+            "HAS_D": int(self.has_skip),
+            "HAS_BIAS": int(self.has_bias),
+            "SOFTPLUS": int(self.softplus),
+            "PACKED": int(self.sequences > 0),
+            "WHOLE": int(all(t.in_fours for t in signals)),
+        }
+
+
+def described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -> Described:
+    sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    return Described(
+        *(signal(x), signal(dt), signal(B), signal(C)),
+        *(None if z is None else signal(z), None if dy is None else signal(dy)),
+        *(A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device),
+    )
+
+
+def signal(t: Tensor) -> Signal:
+    return Signal(t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+
+
+class Scratch:
+    """Memory for as long as a call's kernels run, of float32, by name."""
+
+    def __init__(self, like: Tensor, sizes: tuple[tuple[str, int], ...]):
+        self.memory = like.new_empty(sum(size for _, size in sizes)) if sizes else None
+        self.addresses: dict[str, int] = {}
+        address = self.memory.data_ptr() if self.memory is not None else 0
+        for name, size in sizes:
+            self.addresses[name] = address
+            address += 4 * size
+
+
+# The fields of `Params` in selective_scan.cuh and of `Parts` in selective_scan_backward.cu, all of 64 bits.
 POINTERS = (
     "x", "dt", "B", "C", "z", "A", "D", "bias", "initial", "offsets", "y", "final_state", "kept", "carry", "span",
     "dy", "d_final", "dx", "ddt", "dz", "d_initial", "d_bc", "d_rates", "d_skip", "d_bias",
 )  # fmt: skip
-STRIDED = ("x", "dt", "z", "dy", "B", "C")
+POINTERS_OF_PARTS = ("d_bc", "d_rates", "d_skip", "d_bias", "dB", "dC", "dA", "dD", "d_dt_bias")
 
 
-class Launches:
-    """One call's parameters, and its kernels."""
+class Parameters:
+    """A struct of pointers, which a call brings, and numbers after them, which are the same for many."""
 
-    def __init__(self, x, dt, A: Tensor, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dy=None):
-        # Parameters are small: copies where they are not contiguous cost nothing.
-        A = A.contiguous()
-        D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
-        self.tensors = dict(
-            x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens, dy=dy
-        )
-        self.x, self.A, self.N = x, A, padded(A.shape[1])
-        self.groups = B.shape[2]
-        self.sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-        signals = [t for t in (x, dt, z, dy, B, C) if t is not None]
-        self.macros = (
-            ("N", self.N),
-            ("X_KIND", KINDS[x.dtype]),
-            ("DT_KIND", KINDS[dt.dtype]),
-            ("BC_KIND", KINDS[B.dtype]),
-            ("Z_KIND", KINDS[x.dtype if z is None else z.dtype]),
-            ("HAS_Z", z is not None),
-            ("HAS_D", D is not None),
-            ("HAS_BIAS", dt_bias is not None),
-            ("SOFTPLUS", dt_softplus),
-            ("PACKED", cu_seqlens is not None),
-            ("WHOLE", all(map(_in_fours, signals))),
-        )
-        self.macros = tuple((name, int(value)) for name, value in self.macros)
+    def __init__(self, pointers: tuple[str, ...], numbers: list[int]):
+        self.names, self.form = pointers, struct.Struct(f"{len(pointers)}q")
+        self.template = bytes(self.form.size) + struct.pack(f"{len(numbers)}q", *numbers)
 
-    def split(self, segments: int) -> None:
-        """The length in so many segments, or fewer: each but the last is a multiple of KEEP_EVERY."""
-        l = self.x.shape[1]
-        self.segment = -(-l // segments // KEEP_EVERY) * KEEP_EVERY
-        self.segments = -(-l // self.segment)
+    def filled(self, scratch: Scratch, tensors: dict[str, Tensor | None]) -> ctypes.Array[ctypes.c_char]:
+        memory = ctypes.create_string_buffer(self.template, len(self.template))
+        addresses = dict(scratch.addresses)
+        for name, t in tensors.items():
+            if t is not None:
+                addresses[name] = t.data_ptr()
+        self.form.pack_into(memory, 0, *[addresses.get(name, 0) for name in self.names])
+        return memory
 
-    def set(self, **tensors: Tensor | None) -> None:
-        self.tensors.update(tensors)
 
-    def parameters(self):
-        """`Params` of selective_scan.cuh."""
-        values = [0 if (t := self.tensors.get(name)) is None else t.data_ptr() for name in POINTERS]
-        for name in STRIDED:
-            t = self.tensors[name]
-            values += (0, 0, 0) if t is None else t.stride()[:3]
-        b, l, d = self.x.shape
-        n = self.A.shape[1]
-        return runtime.pack([*values, b, l, d, n, self.groups, self.sequences, self.segment, self.segments])
+Launch = tuple[runtime.Kernel, int]  # and its blocks
 
-    def carry(self, ends: str, passing: str, shape: Shape) -> None:
-        """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
-        A, (b, _, d) = self.A, self.x.shape
-        self.set(carry=A.new_empty(b, self.segments, d, self.N), span=A.new_empty(b, self.segments, d))
-        self.launch(ends, shape, keep=False)
-        self.launch(passing, shape, keep=False)
 
-    def launch(self, name: str, shape: Shape, keep: bool) -> None:
-        b, _, d = self.x.shape
-        kernel = _forward_kernel(name, shape, (*self.macros, ("KEEP", int(keep))), self.x.device)
-        if name.startswith("pass"):
-            blocks = -(-b * d * self.N // kernel.threads)
-        else:
-            blocks = b * -(-d // shape.channels) * (self.segments if name == "outputs" else self.segments - 1)
-        kernel(blocks, self.parameters(), runtime.stream())
+class Plan(NamedTuple):
+    parameters: Parameters
+    launches: tuple[Launch, ...]  # one after the other, on the same parameters
+    scratch: tuple[tuple[str, int], ...]
+    states: tuple[int, ...] = ()  # shape of the final state
+    parts: Parameters | None = None
+    gathers: tuple[Launch, ...] = ()
 
-    def launch_backward(self, dB: Tensor, dC: Tensor, d_bc: Tensor) -> None:
-        b, l, d = self.x.shape
+    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
+        self._launch(self.launches, self.parameters.filled(scratch, tensors))
+
+    def gather(self, scratch: Scratch, **tensors: Tensor | None) -> None:
+        assert self.parts is not None
+        self._launch(self.gathers, self.parts.filled(scratch, tensors))
+
+    @staticmethod
+    def _launch(launches: tuple[Launch, ...], memory: ctypes.Array[ctypes.c_char]) -> None:
         stream = runtime.stream()
-        kernel, gather = _backward_kernels(self.macros, self.x.device)
-        blocks = -(-d // (16 * WARPS))
-        kernel(blocks * self.segments * b, self.parameters(), stream)
-        size = b * l * 2 * self.N * self.groups
-        n = self.A.shape[1]
-        values = [d_bc.data_ptr(), dB.data_ptr(), dC.data_ptr(), b, l, self.groups, blocks // self.groups, n]
-        gather(-(-size // gather.threads), runtime.pack(values), stream)
+        for kernel, blocks in launches:
+            kernel(blocks, memory, stream)
 
 
-def _in_fours(t: Tensor) -> bool:
-    """Whether four neighbours on the last axis can be read at once, wherever one starts."""
-    *strides, last = t.stride()
-    if last != 1 or t.shape[-1] % 4 or t.data_ptr() % (4 * t.element_size()):
-        return False
-    return not any(stride % 4 for stride in strides)
+@functools.lru_cache(maxsize=1024)
+def forward_plan(call: Described, keep: bool) -> Plan:
+    b, l, d = call.x.shape
+    macros, device = call.macros, call.device
+    N, shape = macros["N"], SHAPES[macros["N"]]
+    states = (call.sequences or b, d, call.n)
+    if N == 16 and relay_pays(b, d, device):
+        kernel = relay_kernel(items(macros, KEEP=keep), device)
+        return Plan(parameters(call, 1), ((kernel, b * -(-d // 16)),), (), states)
+    segments = segments_for(b, l, d, shape.channels, FORWARD_BLOCKS, device)
+    kernel, blocks = forward_kernel("outputs", shape, items(macros, KEEP=keep), device), b * -(-d // shape.channels)
+    launches, scratch = carry_of(call, "states", "pass_states", segments) if segments > 1 else ((), ())
+    return Plan(parameters(call, segments), (*launches, (kernel, blocks * segments)), scratch, states)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_plan(call: Described) -> Plan:
+    b, l, d = call.x.shape
+    macros, device = call.macros, call.device
+    N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)
+    shared = backward_shared(warps, **macros)
+    # Eight warps on a multiprocessor where their memory fits; registers are given out accordingly.
+    resident = max(1, min(8 // warps, 228 * 1024 // (shared + 1024)))
+    segments = segments_for(b, l, d, 16 * warps, BACKWARD_BLOCKS * 4 // warps, device)
+    launches, scratch = carry_of(call, "gradients", "pass_gradients", segments) if segments > 1 else ((), ())
+    if segments == 1 and N > 16:
+        scratch = (("carry", b * d * N),)  # where the kernel keeps a tile's flow between chunks
+    blocks, rows = -(-d // (16 * warps)), b * segments
+    kernel, gather = backward_kernels(warps, shared, items(macros, WARPS=warps, BLOCKS=resident), device)
+    sums = (("d_bc", blocks * b * l * 2 * N), ("d_rates", rows * d * N), ("d_skip", rows * d), ("d_bias", rows * d))
+    numbers = [b, l, d, call.n, call.groups, blocks // call.groups, rows]
+    results = b * l * 2 * N * call.groups + d * (N + 2)
+    return Plan(
+        parameters(call, segments),
+        (*launches, (kernel, blocks * rows)),
+        (*sums, *scratch),
+        parts=Parameters(POINTERS_OF_PARTS, numbers),
+        gathers=((gather, -(-results // gather.threads)),),
+    )
+
+
+def parameters(call: Described, segments: int) -> Parameters:
+    """`Params` of selective_scan.cuh."""
+    b, l, d = call.x.shape
+    strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.dt, call.z, call.dy)]
+    strides += [t.strides[:3] if len(t.shape) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
+    sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments]
+    return Parameters(POINTERS, [*itertools.chain(*strides), *sizes])
+
+
+def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[tuple[Launch, ...], Any]:
+    """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
+    b, _, d = call.x.shape
+    macros = call.macros
+    N, shape = macros["N"], SHAPES[macros["N"]]
+    kernels = [forward_kernel(name, shape, items(macros, KEEP=False), call.device) for name in (ends, passing)]
+    blocks = b * -(-d // shape.channels) * (segments - 1), -(-b * d * N // kernels[1].threads)
+    scratch = (("carry", b * segments * d * N), ("span", b * segments * d))
+    return tuple(zip(kernels, blocks, strict=True)), scratch
+
+
+def items(macros: dict[str, int], **more: int) -> runtime.Macros:
+    return (*macros.items(), *((name, int(value)) for name, value in more.items()))
 
 
 @functools.cache
-def _forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
+def forward_kernel(name: str, shape: Shape, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
     module = runtime.load("selective_scan_forward.cu", (*macros, *shape.macros), device)
     if name.startswith("pass"):
         return runtime.Kernel(module, name, 256, 0)
-    return runtime.Kernel(module, name, shape.keepers + shape.preparers, shape.shared)
+    return runtime.Kernel(module, name, shape.threads, shape.shared)
 
 
 @functools.cache
-def _backward_kernels(macros: runtime.Macros, device: torch.device) -> tuple[runtime.Kernel, runtime.Kernel]:
-    shared = _backward_shared(**dict(macros))
-    # Two blocks on a multiprocessor where their memory fits; registers are given out accordingly.
-    blocks = max(1, min(BLOCKS, 227 * 1024 // (shared + 1024)))
-    module = runtime.load("selective_scan_backward.cu", (*macros, ("WARPS", WARPS), ("BLOCKS", blocks)), device)
-    return runtime.Kernel(module, "backward", 32 * WARPS, shared), runtime.Kernel(module, "gather", 256, 0)
+def relay_kernel(macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
+    module = runtime.load("selective_scan_relay.cu", (*macros, ("RUNNERS", RUNNERS)), device)
+    return runtime.Kernel(module, "relay", 32 * RUNNERS, relay_shared(**dict(macros)))
 
 
-def _backward_shared(*, N, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, PACKED, **_) -> int:
-    """Bytes of `Shared` in selective_scan_backward.cu."""
-    chunk, channels, part, threads = KEEP_EVERY, 16 * WARPS, 4, 32 * WARPS
+@functools.cache
+def backward_kernels(
+    warps: int, shared: int, macros: runtime.Macros, device: torch.device
+) -> tuple[runtime.Kernel, runtime.Kernel]:
+    module = runtime.load("selective_scan_backward.cu", macros, device)
+    return runtime.Kernel(module, "backward", 32 * warps, shared), runtime.Kernel(module, "gather", 256, 0)
+
+
+# Bytes of `Shared` in the .cu files
+
+
+def relay_shared(*, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, **_) -> int:
     x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
-    coming = (
-        chunk * channels * (2 * x + dt + (z if HAS_Z else 0)) + (0 if HAS_Z else 16) + chunk * 32 * bc + threads * 32
-    )
-    signals = 3 * chunk * channels + chunk * 2 * 16
-    kept = chunk // part * 2 * threads * 4
-    sums = WARPS * (4 * 3 * 2 * 32 + chunk * 2 * 16)
+    coming = 128 * (x + dt + 2 * bc + (z if HAS_Z else 0)) + (0 if HAS_Z else 16)
+    return RUNNERS * (2 * coming + 1024 + 512 + 8 * 16 * 4 + 2 * 4 * 16 + 2 * 1024 + 16)
+
+
+def backward_shared(warps: int, *, N, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, PACKED, **_) -> int:
+    chunk, channels, part, threads = KEEP_EVERY, 16 * warps, 4, 32 * warps
+    x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
+    kept = 2 if KINDS[torch.bfloat16] == X_KIND else 4
+    coming = chunk * channels * (2 * x + dt + (z if HAS_Z else 0)) + (0 if HAS_Z else 16)
+    coming += chunk * 32 * bc + threads * 8 * kept
+    signals = chunk * (2 * (channels + 2) + channels + 16) + chunk * 2 * 16
+    states = chunk // part * 2 * threads * 4
+    sums = warps * (4 * 3 * 2 * 32 + chunk * 2 * 16)
     tiles = 3 * chunk * channels if N > 16 else 3
-    return coming + 4 * (signals + kept + sums + tiles + (2 * chunk if PACKED else 2)) + 32
+    return coming + 4 * (signals + states + sums + tiles + (2 * chunk if PACKED else 2)) + 32
 
 
-selective_scan.register("cuda", why_not=why_not)(custom_op("cuda", Kernels(forward, backward, kept_shape)))
+selective_scan.register("cuda", why_not=why_not)(
+    custom_op("cuda", Kernels(forward, backward, kept_shape, in_groups=False))
+)

@@ -1,6 +1,6 @@
 // The selective scan, forward; and, with other names for its inputs, the carry of either direction between segments.
 //
-// A block holds CHANNELS channels, and its threads have two trades. A keeper has, for PER neighbouring channels, S of
+// A block holds CHANNELS channels, and its threads have two trades. A keeper has, for two neighbouring channels, S of
 // their states in registers; LANES of them share the channels and go through time together. What all of them need of a
 // position - its step, its step times input, B, C - the preparers lay out in shared memory, STEPS positions (a chunk)
 // at a time and four channels (an item) at once; there the keepers leave their parts of the outputs, which the preparers
@@ -8,6 +8,7 @@
 // nothing but its exponentials to wait for, of which a multiprocessor takes 16 a clock.
 #include "selective_scan.cuh"
 
+constexpr int PER = 2;  // channels of a keeper
 constexpr int KEEPERS = CHANNELS / PER * LANES;
 constexpr int THREADS = KEEPERS + PREPARERS;
 constexpr int OWNERS = CHANNELS / PER;                              // sets of channels that a keeper may have
@@ -18,8 +19,8 @@ constexpr int DOWN = PREPARERS / ACROSS;                            // positions
 constexpr int VECTORS = 2 * S / 4;         // float4s of B and C together for a keeper and a position
 constexpr int OF_B = S == 2 ? 1 : S / 4;   // of them, those of B; with two states one float4 has both
 constexpr int BC_ITEMS = (STEPS * VECTORS * LANES + PREPARERS - 1) / PREPARERS;
-static_assert(S * LANES == N && (S == 2 || S % 4 == 0) && STEPS % (2 * UNROLL) == 0 && KEEP_EVERY % UNROLL == 0);
-static_assert(KEEPERS % 32 == 0 && PREPARERS % 32 == 0 && PREPARERS % ACROSS == 0 && LANES * PER % 4 == 0);
+static_assert(S * LANES == N && (S == 2 || S % 4 == 0) && STEPS % (2 * UNROLL) == 0 && KEEP_EVERY % STEPS == 0);
+static_assert(KEEPERS % 32 == 0 && PREPARERS % 32 == 0 && PREPARERS % ACROSS == 0 && LANES % 2 == 0);
 
 using X = Stored<X_KIND>::type;
 using DT = Stored<DT_KIND>::type;
@@ -28,8 +29,6 @@ using BC = Stored<BC_KIND>::type;
 
 enum What { OUTPUTS, STATES, GRADIENTS };  // what a kernel is after; the last two are for the carry alone
 
-constexpr int TOGETHER = 4 / PER;                 // keepers whose outputs share a float4
-constexpr int ROW = OWNERS + (PER == 1 ? 4 : 0);  // of outputs; four more against bank conflicts
 
 struct Chunk {
   float2 steps[STEPS][CHANNELS];            // step, step * input
@@ -39,13 +38,13 @@ struct Chunk {
 
 struct Shared {
   Chunk chunks[2];
-  float4 outputs[2][STEPS][LANES / TOGETHER][ROW];  // the carry does without
+  float4 outputs[2][STEPS][LANES / 2][OWNERS];  // two keepers' in each; the carry does without
 };
 
 // Where in a row an owner's numbers are: so turned, neither eight neighbouring ones nor every second of sixteen, as
 // items read and write them, meet in a bank.
 __device__ __forceinline__ int place(int owner) {
-  return PER == 1 || OWNERS < 8 ? owner : (owner & ~7) | ((owner + (owner >> 3)) & 7);
+  return OWNERS < 8 ? owner : (owner & ~7) | ((owner + (owner >> 3)) & 7);
 }
 
 // What a keeper reads of one position.
@@ -95,6 +94,19 @@ __device__ __forceinline__ void scan(const Params& p) {
           if (channel + c < p.channels && n < width) to[(row * p.channels + channel + c) * width + n] = h[c][s];
         }
     };
+    auto keep = [&](i64 row) {
+#pragma unroll
+      for (int c = 0; c < PER; ++c) {
+        if (channel + c >= p.channels) continue;
+#pragma unroll
+        for (int s = 0; s < S; s += S < 4 ? 1 : 4) {
+          const int n = lane * S + s;
+          const i64 at = kept_at(p.channels, row, channel + c, n) * 4 + n % 4;
+          if constexpr (S < 4) put<KEPT_KIND>(p.kept, at, h[c][s]);
+          else put4<KEPT_KIND>(p.kept, at, {h[c][s], h[c][s + 1], h[c][s + 2], h[c][s + 3]}, true, 4);
+        }
+      }
+    };
     load(rates, p.A, 0, p.states);
 #pragma unroll
     for (int c = 0; c < PER; ++c)
@@ -119,19 +131,14 @@ __device__ __forceinline__ void scan(const Params& p) {
       const int at = first + chunk * TURN;
       const Chunk& now = m.chunks[chunk % 2];
       const float2* steps = &now.steps[0][place(own) * PER];
-      float* output = reinterpret_cast<float*>(&m.outputs[chunk % 2][0][lane / TOGETHER][place(own)]) + lane % TOGETHER * PER;
+      float* output = reinterpret_cast<float*>(&m.outputs[chunk % 2][0][lane / 2][place(own)]) + lane % 2 * PER;
       auto read = [&](int i0, Position (&positions)[UNROLL]) {
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
           const int t = BACK ? STEPS - 1 - i0 - i : i0 + i;
           Position& here = positions[i];
-          if constexpr (PER == 2) {
-            const float4 f = *reinterpret_cast<const float4*>(&steps[t * CHANNELS]);
-            here.dt[0] = f.x, here.v[0] = f.y, here.dt[1] = f.z, here.v[1] = f.w;
-          } else {
-            const float2 f = steps[t * CHANNELS];
-            here.dt[0] = f.x, here.v[0] = f.y;
-          }
+          const float4 v = *reinterpret_cast<const float4*>(&steps[t * CHANNELS]);
+          here.dt[0] = v.x, here.v[0] = v.y, here.dt[1] = v.z, here.v[1] = v.w;
 #pragma unroll
           for (int w = 0; w < VECTORS; ++w) {
             if (WHAT == STATES && S != 2 && w >= OF_B) continue;
@@ -147,8 +154,6 @@ __device__ __forceinline__ void scan(const Params& p) {
         }
       };
       auto advance = [&](int i0, const Position (&positions)[UNROLL]) {
-        if (WHAT == OUTPUTS && KEEP && (at + i0) % KEEP_EVERY == 0 && at + i0 < end)
-          store(p.kept, b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + (at + i0) / KEEP_EVERY, N);
         float y[UNROLL][PER];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
@@ -180,12 +185,12 @@ __device__ __forceinline__ void scan(const Params& p) {
         if constexpr (WHAT == OUTPUTS) {
 #pragma unroll
           for (int i = 0; i < UNROLL; ++i) {
-            float* to = output + (i0 + i) * (LANES / TOGETHER) * ROW * 4;
-            if constexpr (PER == 2) *reinterpret_cast<float2*>(to) = make_float2(y[i][0], y[i][1]);
-            else *to = y[i][0];
+            *reinterpret_cast<float2*>(output + (i0 + i) * (LANES / 2) * OWNERS * 4) = make_float2(y[i][0], y[i][1]);
           }
         }
       };
+      if (WHAT == OUTPUTS && KEEP && at % KEEP_EVERY == 0)
+        keep(b * ((p.length + KEEP_EVERY - 1) / KEEP_EVERY) + at / KEEP_EVERY);
       // Some positions are read while those before them are worked on, and the outputs left when all of these are done.
       // No load passes a store, so that in plain order each position would begin when the one before has ended.
       Position some[UNROLL], others[UNROLL];
@@ -333,7 +338,7 @@ __device__ __forceinline__ void scan(const Params& p) {
   X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);
   const X* x_behind = x_ahead;
   const Z* z_behind = z_ahead;
-  const bool y_whole = p.channels % 4 == 0;
+  const bool y_whole = WHOLE || p.channels % 4 == 0;
   auto read_last_item = [&](int i) {
     if (WHOLE) {
       if (within > 0) {
@@ -355,7 +360,7 @@ __device__ __forceinline__ void scan(const Params& p) {
     z_behind += STEPS * z_step;
   };
 
-  auto finish = [&](int at, const float4 (&outputs)[STEPS][LANES / TOGETHER][ROW]) {
+  auto finish = [&](int at, const float4 (&outputs)[STEPS][LANES / 2][OWNERS]) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
       const int q = item_step + i * DOWN;
@@ -365,10 +370,9 @@ __device__ __forceinline__ void scan(const Params& p) {
 #pragma unroll
       for (int owner = 0; owner < 4 / PER; ++owner)
 #pragma unroll
-        for (int j = 0; j < LANES / TOGETHER; ++j) {
+        for (int j = 0; j < LANES / 2; ++j) {
           const float4 f = outputs[q][j][place(item_channel / PER + owner)];
-          if constexpr (PER == 2) sum[2 * owner] += f.x + f.z, sum[2 * owner + 1] += f.y + f.w;
-          else sum[owner] += (f.x + f.y) + (f.z + f.w);
+          sum[2 * owner] += f.x + f.z, sum[2 * owner + 1] += f.y + f.w;
         }
       widen4<X_KIND>(x_last[i], input);
       if (HAS_Z) widen4<Z_KIND>(z_last[i], gate);
@@ -417,14 +421,14 @@ __device__ __forceinline__ void pass_on(const Params& p) {
     const i64 s = BACK ? p.segments - 1 - k : k;
     const i64 row = b * p.segments + s;
     float* at = p.carry + row * size + i % size;
-    float added = 0.f, factor = 0.f;
+    float leaving = 0.f;
     if (k + 1 < p.segments) {
-      added = *at;
+      leaving = *at;
       const float span = p.span[row * p.channels + channel];
-      factor = span < 0.f ? 0.f : exp2_fast(span * rate);
+      if (span >= 0.f) leaving = fmaf(exp2_fast(span * rate), incoming, leaving);  // nothing passes through otherwise
     }
     *at = incoming;
-    incoming = fmaf(factor, incoming, added);
+    incoming = leaving;
   }
 }
 

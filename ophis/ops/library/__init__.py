@@ -28,17 +28,21 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def function_of(
-    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    returned: int | None = None,
 ) -> Callable[..., Any]:
     """The kernels as PyTorch's own kind of differentiable function, from what a custom op is given.
 
     The context is set up within `forward`: set up by itself, PyTorch would look at the signature at every call, 100 us.
+    `returned` is how many of the outputs are the function's; the others are for the context alone.
     """
 
     def forward_and_context(ctx: Any, *inputs: Any) -> Any:
         outputs = forward(*inputs)
         setup_context(ctx, inputs, outputs)
-        return outputs
+        return outputs if returned is None else outputs[:returned]
 
     methods = dict(forward=staticmethod(forward_and_context), backward=staticmethod(backward))
     return type("Function", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]

@@ -15,22 +15,22 @@ from ophis.ops.in_place import check_in_place
 from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
 from ophis.ops.selective_scan import selective_scan
 
-Tensors = tuple[Tensor, ...]
-
 
 class Kernels(NamedTuple):
-    """What a folder provides. Both take B and C as (b, l, g, n); A, D, dt_bias and initial_state in float32.
+    """What a folder provides. Both take A, D, dt_bias and initial_state in float32.
 
     forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep) -> y, final_state, kept.
-        `kept` is one tensor with whatever the backward pass wants besides the inputs; empty unless `keep`.
+        `kept` is one tensor with whatever the backward pass wants besides the inputs; empty or None unless `keep`.
     backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept)
         -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; anything for what is None.
     kept_shape(x, A, cu_seqlens) -> the shape of `kept`, which is float32.
+    in_groups: whether B and C always come as (b, l, g, n); otherwise as the caller gave them. A view costs 4 us.
     """
 
-    forward: Callable[..., Tensors]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     backward: Callable[..., tuple[Tensor | None, ...]]
     kept_shape: Callable[[Tensor, Tensor, Tensor | None], tuple[int, ...]]
+    in_groups: bool = True
 
 
 INPUTS = (
@@ -70,11 +70,19 @@ def why_not_step(call: dict[str, Any]) -> str | None:
 def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes `ophis::selective_scan_{name}` and its backward; returns a function with the signature of the public op."""
 
+    def grouped(t: Tensor) -> Tensor:
+        return t[:, :, None] if kernels.in_groups and t.ndim == 3 else t
+
     def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
+        B, C = grouped(B), grouped(C)
         return kernels.forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep)
 
+    def traced_forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
+        y, final_state, kept = forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep)
+        return y, final_state, A.new_empty(0) if kept is None else kept
+
     schema = f"({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)"
-    scan_op = torch.library.custom_op(f"ophis::selective_scan_{name}", forward, mutates_args=(), schema=schema)
+    scan_op = torch.library.custom_op(f"ophis::selective_scan_{name}", traced_forward, mutates_args=(), schema=schema)
 
     @scan_op.register_fake
     def _(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
@@ -84,14 +92,20 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
 
     def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
         found = kernels.backward(
-            dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept
+            dy, d_final, x, dt, A, grouped(B), grouped(C), D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept
         )
+        if kernels.in_groups and B.ndim == 3:
+            found = [g[:, :, 0] if i in (3, 4) and g is not None else g for i, g in enumerate(found)]  # of B and C
+        return tuple(found)
+
+    def traced_backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+        found = backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, kept)
         return tuple(A.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
     backward_op = torch.library.custom_op(
-        f"ophis::selective_scan_{name}_backward", backward, mutates_args=(), schema=schema
+        f"ophis::selective_scan_{name}_backward", traced_backward, mutates_args=(), schema=schema
     )
 
     @backward_op.register_fake
@@ -104,7 +118,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         ctx.save_for_backward(*tensors, output[2])
         ctx.set_materialize_grads(False)  # no zeros for a final state that nobody differentiates
 
-    def backward_of(ctx, dy, d_final, _):
+    def backward_of(ctx, dy, d_final, _=None):
         *inputs, cu_seqlens, kept = ctx.saved_tensors
         dy = inputs[0].new_zeros(inputs[0].shape) if dy is None else dy
         if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient goes through the reference
@@ -121,17 +135,16 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         return (*found, None, None, None)
 
     scan_op.register_autograd(backward_of, setup_context=setup_context)
-    function = function_of(forward, setup_context, backward_of)
+    function = function_of(forward, setup_context, backward_of, returned=2)
 
     def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
-        B, C = (t[:, :, None] if t.ndim == 3 else t for t in (B, C))
         if cu_seqlens is not None:  # a kernel reads them where it runs
             cu_seqlens = cu_seqlens.to(x.device).contiguous()
         A, D, dt_bias, initial_state = (None if t is None else t.float() for t in (A, D, dt_bias, initial_state))
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         keep = recorded(*tensors)
         run = scan_op if traced(x) else function if keep else forward
-        y, final_state, _ = run(*tensors, cu_seqlens, dt_softplus, keep)
+        y, final_state, *_ = run(*tensors, cu_seqlens, dt_softplus, keep)
         return y, final_state
 
     return scan

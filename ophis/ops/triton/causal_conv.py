@@ -20,6 +20,7 @@ from torch import Tensor
 from ophis.ops.causal_conv import causal_conv, causal_conv_step
 from ophis.ops.library import causal_conv as library
 from ophis.ops.triton import on_device_of, why_not_here
+from ophis.ops.triton.packing import place
 from ophis.ops.triton.partial_sums import add_up
 
 # Channels of a program at width 4, with one warp 8 a thread, so that a load has 16 bytes in bfloat16. A thread keeps a
@@ -32,29 +33,6 @@ STEP_BD, STEP_WARPS = 256, 2
 # longer runs do less of it, shorter ones give the machine more programs. So many fill it.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 16384, 4096
 SHORTEST_RUN, LONGEST_RUN = 16, 256
-
-
-@triton.jit
-def place(chunk, cu_seqlens, l, run, of_a_row, sequences):
-    """A chunk's batch row, its sequence, where in the row that begins and ends, and where the chunk begins.
-
-    Packed sequence i has the chunks from cu_seqlens[i] // run + i on. That is at least as many as it needs, and a chunk
-    too many begins past its end; so nobody has to add up the lengths first.
-    """
-    if cu_seqlens is None:
-        row = chunk // of_a_row
-        return row, row, 0, l, (chunk - row * of_a_row) * run
-    else:
-        low = sequences * 0
-        high = sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            if tl.load(cu_seqlens + middle) // run + middle <= chunk:
-                low = middle
-            else:
-                high = middle
-        start = tl.load(cu_seqlens + low)
-        return 0, low, start, tl.load(cu_seqlens + low + 1), start + (chunk - start // run - low) * run
 
 
 @triton.jit

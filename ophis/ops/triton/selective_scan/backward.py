@@ -8,13 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ophis.ops.triton.elementary import LOG2_E, exp2
 from ophis.ops.triton.selective_scan.pieces import (
     LN_2,
-    LOG2_E,
     before,
     blocked,
     channels_of,
-    exp2,
     matrix_row,
     parameter,
     pass_on,

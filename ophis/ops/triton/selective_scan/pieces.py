@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ophis.ops.triton import INTERPRETED
+from ophis.ops.triton.elementary import exp2, softplus
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LANES = tl.constexpr(32)  # see `blocked`
-NVIDIA = tl.constexpr(torch.version.cuda is not None and not INTERPRETED)
-
-
-@triton.jit
-def exp2(x):
-    """2^x, where on NVIDIA's hardware results below 2^-126 are 0: `tl.exp2` spends three instructions more on them."""
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
 def step_size(raw, valid, SOFTPLUS: tl.constexpr):
-    """The step of a raw dt to which the bias was added, 0 where not valid.
-
-    log1p(u) is 2 artanh(s), s = u / (2 + u) <= 1/3: seven terms leave an error of 1e-8 of it, for small u as well.
-    """
-    step = raw
-    if SOFTPLUS:
-        u = tl.exp(-tl.abs(raw))
-        s = u / (2.0 + u)
-        q = s * s
-        series = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13))))))
-        step = tl.maximum(raw, 0.0) + 2.0 * s * series
+    """The step of a raw dt to which the bias was added, 0 where not valid."""
+    step = softplus(raw) if SOFTPLUS else raw
     return tl.where(valid, step, 0.0)
 
 

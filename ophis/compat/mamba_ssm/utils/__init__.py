@@ -1,0 +1,1 @@
+"""Decoding, and the reading of checkpoints."""

@@ -1,0 +1,383 @@
+// SSD, backward: a chunk, from the state before it and the gradient of the state after it.
+//
+// A block takes a chunk through tiles of the heads of a group, all of them or a part, so that what B and C get from all
+// heads is added up in the sums of its products. One warpgroup has the gradients of inputs (x, B and, through the scores,
+// dt), its matrices between positions being (s, t); the other those of outputs (C, and dt through the state before). For
+// a tile, with weights as in ssd_forward.cu,
+//
+//   K = L ∘ (x dy^T), S = L ∘ (B C^T)                      (s, t)
+//   du = w ∘ (B F^T) + S dy,  dx = step du + D dy          (s, p)     F: the gradient of the state after the chunk
+//   dB += (w step x) F,  dS += step K                      (s, n), (s, t)
+//   dC += (v dy) h                                         (t, n)     h: the state before the chunk, v: decays since
+//
+// and in the end dB += dS C, dC += dS^T B.
+#include "ssd.cuh"
+
+struct Stage {  // what comes from memory for a tile
+  Matrix<CHUNK, TILE> x, dy;
+  Matrix<TILE, N> before, flow;
+  Decays decays;
+};
+
+struct Shared {
+  Stage stages[2];
+  Matrix<CHUNK, N> B, C;
+  Matrix<CHUNK, TILE> leaving;    // dx; in the end dS
+  float4 scores[CHUNK / 8][GROUP];  // each thread of the first warpgroup has its own
+  float columns[4][CHUNK];        // sums over a warp's rows
+  float warps[2][4];              // what is summed over a warpgroup's warps
+};
+
+enum Sum { ENDING, PASSING, ENTERING, DIRECT };  // as in ssd_steps.cu
+
+__device__ __forceinline__ float sum_of_quad(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+  for (int k = 1; k < 32; k *= 2) v += __shfl_xor_sync(~0u, v, k);
+  return v;
+}
+
+__device__ __forceinline__ float sum_of_four(const float (&v)[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+// The product of two fragments' numbers, added up.
+__device__ __forceinline__ float dot(const float* a, unsigned b) { return a[0] * low_half(b) + a[1] * high_half(b); }
+__device__ __forceinline__ float dot(unsigned a, unsigned b) {
+  return low_half(a) * low_half(b) + high_half(a) * high_half(b);
+}
+
+struct Block {  // its work
+  int thread, group, lane, warp, r, c;  // of this thread; its rows of sums are r and r + 8, its columns c and c + 1 of eight
+  int heads, split, of_groups, first, count;
+  i64 chunk, row;
+  Place at;
+
+  __device__ __forceinline__ explicit Block(const Params& p) {
+    thread = threadIdx.x % GROUP, group = this_group(), lane = thread % 32, warp = thread / 32;
+    r = 16 * warp + lane / 4, c = 2 * (lane % 4);
+    heads = (int)(p.heads / p.groups);
+    split = blockIdx.x % (int)p.splits, of_groups = blockIdx.x / (int)p.splits % (int)p.groups;
+    chunk = blockIdx.x / (int)p.splits / (int)p.groups, row = PACKED ? 0 : chunk / p.chunks;
+    const int of_row = (int)(chunk - row * p.chunks);
+    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row) : 0);
+    const int each = (heads + (int)p.splits - 1) / (int)p.splits;
+    first = split * each * PARTS, count = least(each, heads - split * each) * PARTS;
+  }
+  __device__ __forceinline__ int head(int tile) const { return of_groups * heads + tile / PARTS; }
+  __device__ __forceinline__ int channel(int tile) const { return tile % PARTS * TILE; }
+  __device__ __forceinline__ i64 index(const Params& p, int tile) const {
+    return (chunk * p.heads + head(tile)) * PARTS + tile % PARTS;
+  }
+};
+
+struct Copies {  // of what the tiles want
+  Rows<2 * GROUP, TILE> x, dy;
+  Rows<2 * GROUP, N> before, flow;
+
+  __device__ __forceinline__ Copies(const Params& p, const Block& b)
+      : x(p.x + b.row * p.sx.b + b.at.start * p.sx.l, p.sx.l, threadIdx.x),
+        dy(p.dy + b.row * p.sdy.b + b.at.start * p.sdy.l, p.sdy.l, threadIdx.x),
+        before(p.states, N, threadIdx.x), flow(p.flows, N, threadIdx.x) {}
+
+  __device__ __forceinline__ void start(const Params& p, const Block& b, int tile, Stage& to) const {
+    const int head = b.head(tile), channel = b.channel(tile);
+    const i64 state = b.index(p, tile) * TILE * N;
+    x.copy(to.x, head * p.sx.h + channel, b.at.count());
+    dy.copy(to.dy, head * p.sdy.h + channel, b.at.count());
+    before.copy(to.before, state, TILE);
+    flow.copy(to.flow, state, TILE);
+    const char* decays = reinterpret_cast<const char*>(p.decays + (b.chunk * p.heads + head));
+    if (threadIdx.x < sizeof(Decays) / 16)
+      copy_piece(reinterpret_cast<char*>(&to.decays) + 16 * threadIdx.x, decays + 16 * threadIdx.x, true);
+    commit_copies();
+  }
+};
+
+// The tiles one after the other, each while the next one is on its way.
+template <class Function> __device__ __forceinline__ void each_tile(const Params& p, const Block& b, const Copies& copies, Shared& m, Function function) {
+  for (int i = 0; i < b.count; ++i) {
+    if (i > 0) {
+      await_copies_but<0>();
+      publish();
+      __syncthreads();
+    }
+    if (i + 1 < b.count) copies.start(p, b, b.first + i + 1, m.stages[(i + 1) % 2]);
+    function(b.first + i, m.stages[i % 2]);
+  }
+}
+
+__device__ __forceinline__ void keep_sums(const Params& p, const Block& b, const float (&sums)[N / 2], float* partial, bfloat16* narrow) {
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 2) {
+    const int t = b.r + i / 2 % 2 * 8;
+    if (t >= b.at.count()) continue;
+    const i64 to = ((b.row * p.length + b.at.start + t) * p.groups + b.of_groups) * N + i / 4 * 8 + b.c;
+    const i64 size = p.batch * p.length * p.groups * N;
+    if (partial) *reinterpret_cast<float2*>(partial + b.split * size + to) = make_float2(sums[i], sums[i + 1]);
+    else *reinterpret_cast<unsigned*>(narrow + to) = to_bfloats(sums[i], sums[i + 1]);
+  }
+}
+
+__device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const Copies& copies, Shared& m) {
+  const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r, c = b.c;
+  float d_B[N / 2], between[CHUNK / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d_B[i] = 0.f;
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) between[i] = 0.f;
+  {
+    float scores[CHUNK / 2];
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      multiply<false, false>(scores, by_rows(m.B, 16 * k), by_rows(m.C, 16 * k), k > 0);
+    commit_products();
+    await_products<0>();
+    hold(scores);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; ++j)
+      m.scores[j][thread] = make_float4(scores[4 * j], scores[4 * j + 1], scores[4 * j + 2], scores[4 * j + 3]);
+  }
+  each_tile(p, b, copies, m, [&](int tile, Stage& now) {
+    const Decays& decays = now.decays;
+    const int head = b.head(tile);
+    const i64 index = b.index(p, tile);
+    float* to_sums = p.sums + index * (4 * CHUNK);
+    float d_scores[CHUNK / 2], d_u[TILE / 2];
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k)
+      multiply<false, false>(d_scores, by_rows(now.x, 16 * k), by_rows(now.dy, 16 * k), k > 0);
+    commit_products();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      multiply<false, false>(d_u, by_rows(m.B, 16 * k), by_rows(now.flow, 16 * k), k > 0);
+    commit_products();
+    unsigned x[TILE / 16][4], inflow[TILE / 16][4];
+    const float until[2] = {decays.until[r], decays.until[r + 8]};
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+      fetch(x[k], now.x, 16 * warp, 16 * k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) inflow[k][i] = scaled(x[k][i], until[i % 2], until[i % 2]);
+    }
+    hold(d_B);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) multiply<true>(d_B, inflow[k], by_columns(now.flow, 16 * k), 1);
+    commit_products();
+
+    await_products<2>();
+    hold(d_scores);
+    // A pair's flow is through the decays after s, up to t. What begins at s is taken away where s is passed.
+    const float log[2] = {decays.log[r], decays.log[r + 8]}, step[2] = {decays.step[r], decays.step[r + 8]};
+    const float last = decays.log[CHUNK - 1];
+    float direct[2] = {}, beginning[2] = {}, ending[CHUNK / 8][2];  // by rows, by rows, by columns
+    unsigned kept[CHUNK / 16][4];
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; ++j) {
+      const int t = 8 * j + c;
+      const float2 after = *reinterpret_cast<const float2*>(decays.log + t);
+      const float4 own = m.scores[j][thread];
+      const float scores[4] = {own.x, own.y, own.z, own.w};
+      ending[j][0] = ending[j][1] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int s = r + 8 * i;
+        const float low = exp2_fast(s <= t ? after.x - log[i] : NOTHING);
+        const float high = exp2_fast(s <= t + 1 ? after.y - log[i] : NOTHING);
+        const float* d = d_scores + 4 * j + 2 * i;
+        between[4 * j + 2 * i] = fmaf(d[0] * low, step[i], between[4 * j + 2 * i]);
+        between[4 * j + 2 * i + 1] = fmaf(d[1] * high, step[i], between[4 * j + 2 * i + 1]);
+        const float kept_low = scores[2 * i] * low, kept_high = scores[2 * i + 1] * high;
+        kept[j / 2][j % 2 * 2 + i] = to_bfloats(kept_low, kept_high);
+        const float flow[2] = {d[0] * kept_low, d[1] * kept_high};
+        direct[i] += flow[0] + flow[1];
+        const float passing[2] = {s < t ? flow[0] : 0.f, s < t + 1 ? flow[1] : 0.f};
+        beginning[i] += passing[0] + passing[1];
+        ending[j][0] = fmaf(passing[0], step[i], ending[j][0]);
+        ending[j][1] = fmaf(passing[1], step[i], ending[j][1]);
+      }
+    }
+    // Over the eight threads of a column; each ends with the columns of one block of eight.
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+      const bool upper = lane / 4 & half;
+#pragma unroll
+      for (int j = 0; j < half; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float give = upper ? ending[j][i] : ending[j + half][i];
+          const float own = upper ? ending[j + half][i] : ending[j][i];
+          ending[j][i] = own + __shfl_xor_sync(~0u, give, 4 * half);
+        }
+    }
+    *reinterpret_cast<float2*>(&m.columns[warp][8 * (lane / 4) + c]) = make_float2(ending[0][0], ending[0][1]);
+
+    await_products<1>();
+    hold(d_u);
+    float through[2] = {};
+#pragma unroll
+    for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float* u = d_u + 4 * j + 2 * i;
+        const float to_end = exp2_fast(last - log[i]);
+        u[0] *= to_end, u[1] *= to_end;
+        through[i] += dot(u, x[j / 2][j % 2 * 2 + i]);
+      }
+    hold(d_u);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k) multiply<true>(d_u, kept[k], by_columns(now.dy, 16 * k), 1);
+    commit_products();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      direct[i] = sum_of_quad(direct[i]), beginning[i] = sum_of_quad(beginning[i]), through[i] = sum_of_quad(through[i]);
+      if (lane % 4 == 0) {
+        to_sums[ENTERING * CHUNK + r + 8 * i] = through[i] * step[i];
+        to_sums[DIRECT * CHUNK + r + 8 * i] = direct[i] + through[i];
+      }
+    }
+    await_products<0>();
+    hold(d_u);
+    hold(d_B);
+    const float skip = p.D ? p.D[head * p.D_h] : 0.f;
+    float of_skip = 0.f;
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+      unsigned dy[4], a[4];
+      fetch(dy, now.dy, 16 * warp, 16 * k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* u = d_u + 8 * k + 2 * i;
+        of_skip += dot(x[k][i], dy[i]);
+        a[i] = to_bfloats(fmaf(skip, low_half(dy[i]), u[0] * step[i % 2]), fmaf(skip, high_half(dy[i]), u[1] * step[i % 2]));
+      }
+      put(m.leaving, 16 * warp, 16 * k, a);
+    }
+    of_skip = sum_of_warp(of_skip);
+    if (lane == 0) m.warps[0][warp] = of_skip;
+    sync_group(0);
+    if (thread == 0) p.of_chunks[2 * index + 1] = sum_of_four(m.warps[0]);
+    // This thread's rows once more, to be taken from the columns of the same positions.
+    if (lane % 4 == 0)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int t = r + 8 * i;
+        const float of_warps[4] = {m.columns[0][t], m.columns[1][t], m.columns[2][t], m.columns[3][t]};
+        const float ends = sum_of_four(of_warps);
+        to_sums[PASSING * CHUNK + t] = ends - beginning[i] * step[i];
+      }
+    bfloat16* to = p.dx + ((b.row * p.length + b.at.start) * p.heads + head) * p.width + b.channel(tile);
+#pragma unroll
+    for (int s = thread / 8; s < CHUNK; s += GROUP / 8)
+      if (s < b.at.count())
+        *reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8) =
+            *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
+  });
+
+  unsigned a[CHUNK / 16][4];
+  sync_group(0);  // the last tile has left
+#pragma unroll
+  for (int k = 0; k < CHUNK / 16; ++k) {
+    as_fragments(a[k], between, k);
+    put(m.leaving, 16 * warp, 16 * k, a[k]);
+  }
+  publish();
+  __syncthreads();
+  hold(d_B);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < CHUNK / 16; ++k) multiply<true>(d_B, a[k], by_columns(m.C, 16 * k), 1);
+  commit_products();
+  await_products<0>();
+  hold(d_B);
+  keep_sums(p, b, d_B, p.partial_B, p.dB);
+}
+
+__device__ __forceinline__ void of_outputs(const Params& p, const Block& b, const Copies& copies, Shared& m) {
+  const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r;
+  float d_C[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d_C[i] = 0.f;
+  each_tile(p, b, copies, m, [&](int tile, Stage& now) {
+    const Decays& decays = now.decays;
+    const i64 index = b.index(p, tile);
+    float* to_sums = p.sums + index * (4 * CHUNK);
+    float out[TILE / 2];
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      multiply<false, false>(out, by_rows(m.C, 16 * k), by_rows(now.before, 16 * k), k > 0);
+    commit_products();
+    unsigned dy[TILE / 16][4], outflow[TILE / 16][4];
+    const float since[2] = {decays.since[r], decays.since[r + 8]};
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+      fetch(dy[k], now.dy, 16 * warp, 16 * k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) outflow[k][i] = scaled(dy[k][i], since[i % 2], since[i % 2]);
+    }
+    hold(d_C);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) multiply<true>(d_C, outflow[k], by_columns(now.before, 16 * k), 1);
+    commit_products();
+    float whole = 0.f;
+#pragma unroll
+    for (int piece = thread; piece < TILE * N / 8; piece += GROUP) {
+      const uint4 a = reinterpret_cast<const uint4*>(now.before.v)[piece];
+      const uint4 b = reinterpret_cast<const uint4*>(now.flow.v)[piece];
+      whole += (dot(a.x, b.x) + dot(a.y, b.y)) + (dot(a.z, b.z) + dot(a.w, b.w));
+    }
+    whole = sum_of_warp(whole);
+    if (lane == 0) m.warps[1][warp] = whole;
+    sync_group(1);
+    if (thread == 0) p.of_chunks[2 * index] = sum_of_four(m.warps[1]) * decays.since[CHUNK - 1];
+    await_products<1>();
+    hold(out);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float ends = 0.f;
+#pragma unroll
+      for (int j = 0; j < TILE / 8; ++j) ends += dot(out + 4 * j + 2 * i, dy[j / 2][j % 2 * 2 + i]);
+      ends = sum_of_quad(ends) * since[i];
+      if (lane % 4 == 0) to_sums[ENDING * CHUNK + r + 8 * i] = ends;
+    }
+    await_products<0>();
+    hold(d_C);
+  });
+
+  __syncthreads();
+  hold(d_C);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < CHUNK / 16; ++k)
+    multiply<true, true>(d_C, by_columns(m.leaving, 16 * k), by_columns(m.B, 16 * k), 1);
+  commit_products();
+  await_products<0>();
+  hold(d_C);
+  keep_sums(p, b, d_C, p.partial_C, p.dC);
+}
+
+extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) backward(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared& m = *reinterpret_cast<Shared*>(memory);
+  const Block b(p);
+  const Rows<2 * GROUP, N> B(p.B + b.row * p.sB.b + b.of_groups * p.sB.h, p.sB.l, threadIdx.x);
+  const Rows<2 * GROUP, N> C(p.C + b.row * p.sC.b + b.of_groups * p.sC.h, p.sC.l, threadIdx.x);
+  B.copy(m.B, b.at.start * p.sB.l, b.at.count());
+  C.copy(m.C, b.at.start * p.sC.l, b.at.count());
+  commit_copies();
+  const Copies copies(p, b);
+  if (b.count > 0) copies.start(p, b, b.first, m.stages[0]);
+  await_copies_but<0>();
+  publish();
+  __syncthreads();
+  if (b.group == 0) of_inputs(p, b, copies, m);
+  else of_outputs(p, b, copies, m);
+}

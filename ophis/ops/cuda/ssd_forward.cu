@@ -1,0 +1,318 @@
+// SSD, forward; and the states at all chunks' bounds, or their gradients, for the backward pass.
+//
+// A block takes two tiles, of one head or two that share B and C, through a segment of chunks: a warpgroup a tile, whose
+// state (p, n) stays in the sums of its products. For a chunk,
+//
+//   S = C B^T          (t, s)     then L ∘ S, with decays and steps, as bfloat16 into shared memory
+//   y^T = h C^T        (p, t)     times the decays since the chunk's start
+//   y^T += x^T (L ∘ S)^T
+//   h = decay h + (x ∘ w)^T B     (p, n)     w: the steps times the decays until the chunk's end
+//
+// all but the third are begun before the first is awaited: while threads work on S, the tensor cores do the rest.
+#include "ssd.cuh"
+
+constexpr bool WIDE = N > 128;                // a state that leaves few registers, and little memory, to the rest
+constexpr int TOGETHER = WIDE ? 4 : N / 16;  // sixteenths of a state that are on their way into a product
+template <bool WITH_OUTPUTS> constexpr int STAGES = WITH_OUTPUTS && !WIDE ? 3 : 2;
+
+template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chunk
+  Matrix<CHUNK, N> B;
+  Matrix<WITH_OUTPUTS ? CHUNK : 8, WITH_OUTPUTS ? N : 64> C;
+  Matrix<CHUNK, TILE> x[2];
+  Decays decays[2];
+};
+
+template <bool WITH_OUTPUTS> struct Shared {
+  Stage<WITH_OUTPUTS> stages[STAGES<WITH_OUTPUTS>];
+  Matrix<TILE, WITH_OUTPUTS ? CHUNK : N> leaving[2];  // the scores (t, s), then the outputs (t, p); or the states (p, n)
+};
+
+enum What { OUTPUTS, STATES, ENDS, FLOWS, FLOW_ENDS };  // a block's work; of states alone: all of them, or a segment's end
+
+template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
+  constexpr bool BACK = WHAT == FLOWS || WHAT == FLOW_ENDS, IS_ENDS = WHAT == ENDS || WHAT == FLOW_ENDS;
+  extern __shared__ __align__(1024) char memory[];
+  Shared<WHAT == OUTPUTS>& m = *reinterpret_cast<Shared<WHAT == OUTPUTS>*>(memory);
+  const int thread = threadIdx.x % GROUP, group = this_group(), lane = thread % 32, warp = thread / 32;
+  const int r = 16 * warp + lane / 4, c = 2 * (lane % 4);  // this thread's rows r and r + 8, columns c and c + 1 of eight
+
+  // Which tiles, segment and row.
+  const int heads = (int)(p.heads / p.groups), tiles = heads * PARTS;
+  const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, counted = (int)p.segments - IS_ENDS;
+  const int pair = blockIdx.x % work % pairs, of_groups = blockIdx.x % work / pairs;
+  const int segment = blockIdx.x / work % counted + (WHAT == FLOW_ENDS);
+  const i64 row = blockIdx.x / work / counted;
+  const int tile = least(2 * pair + group, tiles - 1);
+  const bool active = 2 * pair + group < tiles;  // the second tile of a pair may not exist: it is the first once more
+  const int head = of_groups * heads + tile / PARTS, channel = tile % PARTS * TILE;
+  const int first = segment * (int)p.segment, last = least(first + (int)p.segment, (int)p.chunks);
+
+  const Strides& of_value = BACK ? p.sdy : p.sx;
+  const Strides& of_matrix = BACK ? p.sC : p.sB;
+  const bfloat16* value = (BACK ? p.dy : p.x) + row * of_value.b + head * of_value.h + channel;
+  const bfloat16* matrix = (BACK ? p.C : p.B) + row * of_matrix.b + of_groups * of_matrix.h;
+  const bfloat16* other = p.C + row * p.sC.b + of_groups * p.sC.h;
+  constexpr int COUNT = STAGES<WHAT == OUTPUTS>;
+  const i64 y_step = p.heads * p.width;
+  bfloat16* rows_y = p.y + (row * p.length + thread / 8) * y_step + head * p.width + channel + thread % 8 * 8;
+  const float* edge = BACK ? p.d_final : p.initial;
+  float* far_edge = WHAT == OUTPUTS ? p.final_state : WHAT == FLOWS ? p.d_initial : nullptr;
+  bfloat16* states = BACK ? p.flows : p.states;
+
+  auto state_at = [&](i64 index) { return ((index * p.heads + head) * p.width + channel) * N; };
+  float h[N / 2];  // (p, n)
+  auto each_state = [&](auto function) {  // of pairs of neighbours (p, n) and (p, n + 1)
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 2) function(h[i], h[i + 1], (i64)(r + i / 2 % 2 * 8) * N + i / 4 * 8 + c);
+  };
+  auto enter = [&](const float* from, i64 index) {
+    if (from) from += state_at(index);
+    each_state([&](float& low, float& high, i64 at) {
+      const float2 v = from ? *reinterpret_cast<const float2*>(from + at) : make_float2(0.f, 0.f);
+      low = v.x, high = v.y;
+    });
+  };
+  auto leave = [&](float* to, i64 index) {
+    if (!active) return;
+    to += state_at(index);
+    each_state([&](float low, float high, i64 at) { *reinterpret_cast<float2*>(to + at) = make_float2(low, high); });
+  };
+  if (!IS_ENDS && p.segments > 1) enter(p.passed, row * p.segments + segment);
+  else if (!IS_ENDS && !PACKED) enter(edge, row);
+  else enter(nullptr, 0);
+
+  int sequence = PACKED ? sequence_of(p, BACK ? last - 1 : first) : (int)row;
+  int coming = sequence;  // of the chunk that is copied
+  auto chunk_at = [&](int i) { return BACK ? last - 1 - i : first + i; };
+  const Rows<2 * GROUP, N> rows_B(matrix, of_matrix.l, threadIdx.x), rows_C(other, p.sC.l, threadIdx.x);
+  const Rows<GROUP, TILE> rows_x(value, of_value.l, thread);
+  const char* decays_of = reinterpret_cast<const char*>(p.decays + (row * p.chunks * p.heads + head)) + 16 * thread;
+  auto copy = [&](int i) {  // the chunk number i of the way
+    auto& to = m.stages[i % COUNT];
+    const int chunk = chunk_at(i);
+    if (PACKED) coming = follow(p, chunk, coming);
+    const Place at = place_of(p, chunk, coming);
+    rows_B.copy(to.B, at.start * of_matrix.l, at.count());
+    if constexpr (WHAT == OUTPUTS) rows_C.copy(to.C, at.start * p.sC.l, at.count());
+    rows_x.copy(to.x[group], at.start * of_value.l, at.count());
+    if (thread < (int)sizeof(Decays) / 16)
+      copy_piece(reinterpret_cast<char*>(&to.decays[group]) + 16 * thread, decays_of + chunk * p.heads * sizeof(Decays), true);
+    commit_copies();
+  };
+  float passing = 0.f;
+  float skip[2];
+  if (WHAT == OUTPUTS)
+    for (int i = 0; i < 2; ++i) skip[i] = p.D ? p.D[head * p.D_h + (channel + r + 8 * i) * p.D_p] : 0.f;
+
+  const int count = last - first;
+  float scores[CHUNK / 2];
+  auto find_scores = [&](auto& of) {
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      multiply<false, false>(scores, by_rows(of.C, 16 * k), by_rows(of.B, 16 * k), k > 0);
+    commit_products();
+  };
+  auto arrive = [&] {  // what was copied is there, for the tensor cores too
+    await_copies_but<0>();
+    publish();
+    __syncthreads();
+  };
+  auto& leaving = m.leaving[group];
+
+  copy(0);
+  if (COUNT == 3) {
+    arrive();
+    if (count > 1) copy(1);
+    if constexpr (WHAT == OUTPUTS) find_scores(m.stages[0]);
+    await_products<0>();
+    hold(scores);
+  }
+  for (int i = 0; i < count; ++i) {
+    auto& now = m.stages[i % COUNT];
+    const Decays& decays = now.decays[group];
+    if (COUNT == 2) {
+      arrive();
+      if (i + 1 < count) copy(i + 1);
+      if constexpr (WHAT == OUTPUTS) find_scores(now);
+    }
+    const int chunk = chunk_at(i);
+    if (PACKED) sequence = follow(p, chunk, sequence);
+    const Place at = place_of(p, chunk, sequence);
+    if (PACKED && (BACK ? at.is_last() : at.is_first())) {
+      enter(edge, sequence);
+      passing = NOTHING;
+    }
+    if (IS_ENDS) passing += decays.log[CHUNK - 1];
+    if (WHAT == STATES || WHAT == FLOWS) {
+      sync_group(group);  // the states of the chunk before have left
+#pragma unroll
+      for (int k = 0; k < N / 16; ++k) {
+        unsigned a[4];
+        as_fragments(a, h, k);
+        put(leaving, 16 * warp, 16 * k, a);
+      }
+      sync_group(group);
+      if (active) {
+        bfloat16* to = states + state_at(row * p.chunks + chunk);
+#pragma unroll
+        for (int piece = thread; piece < TILE * N / 8; piece += GROUP)
+          *reinterpret_cast<uint4*>(to + 8 * piece) =
+              *reinterpret_cast<const uint4*>(leaving.at(piece / (N / 8), piece % (N / 8) * 8));
+      }
+    }
+
+    const float left = decays.since[CHUNK - 1];
+    float y[CHUNK / 2];
+    unsigned of_state[TOGETHER][4], x[CHUNK / 16][4], inflow[CHUNK / 16][4];  // x^T: channels are rows
+    auto weigh_scores = [&] {  // L ∘ S times the steps
+      const float log[2] = {decays.log[r], decays.log[r + 8]};
+#pragma unroll
+      for (int k = 0; k < CHUNK / 16; ++k) {
+        unsigned a[4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int s = 16 * k + 8 * j + c;
+          const float2 before = *reinterpret_cast<const float2*>(decays.log + s);
+          const float2 step = *reinterpret_cast<const float2*>(decays.step + s);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int t = r + 8 * i;
+            const float* of = scores + 8 * k + 4 * j + 2 * i;
+            const float low = of[0] * step.x * exp2_fast(s <= t ? log[i] - before.x : NOTHING);
+            const float high = of[1] * step.y * exp2_fast(s + 1 <= t ? log[i] - before.y : NOTHING);
+            a[2 * j + i] = to_bfloats(low, high);
+          }
+        }
+        put(leaving, 16 * warp, 16 * k, a);
+      }
+      publish();
+    };
+    auto take_state = [&](int first) {
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k) as_fragments(of_state[k], h, first + k);
+    };
+    auto read_state = [&](int first) {
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k)
+        multiply<false>(y, of_state[k], by_rows(now.C, 16 * (first + k)), first + k > 0);
+      commit_products();
+    };
+
+    if constexpr (WHAT == OUTPUTS && WIDE) {  // one after the other, for want of registers
+      await_products<0>();
+      hold(scores);
+      weigh_scores();
+      sync_group(group);
+#pragma unroll
+      for (int k = 0; k < N / 16; k += TOGETHER) {
+        take_state(k);
+        read_state(k);
+        await_products<0>();
+        hold(y);
+      }
+    } else if constexpr (WHAT == OUTPUTS) {
+      take_state(0);
+    }
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) h[k] *= left;
+    hold(h);
+    if constexpr (WHAT == OUTPUTS && !WIDE) read_state(0);
+    const float* weights = BACK ? decays.since : decays.until;
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k) {
+      fetch_transposed(x[k], now.x[group], 16 * k, 16 * warp);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float2 w = *reinterpret_cast<const float2*>(weights + 16 * k + 8 * j + c);
+        inflow[k][2 * j] = scaled(x[k][2 * j], w.x, w.y);
+        inflow[k][2 * j + 1] = scaled(x[k][2 * j + 1], w.x, w.y);
+      }
+    }
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k) multiply<true>(h, inflow[k], by_columns(now.B, 16 * k), 1);
+    commit_products();
+
+    if constexpr (WHAT == OUTPUTS) {
+      if (!WIDE) {
+        weigh_scores();
+        arrive();  // the next chunk; and all have done with the one before
+        if (i + 2 < count) copy(i + 2);
+        await_products<1>();
+      }
+      hold(y);
+#pragma unroll
+      for (int j = 0; j < CHUNK / 8; ++j) {
+        const float2 since = *reinterpret_cast<const float2*>(decays.since + 8 * j + c);
+        y[4 * j] *= since.x, y[4 * j + 1] *= since.y, y[4 * j + 2] *= since.x, y[4 * j + 3] *= since.y;
+      }
+      hold(y);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < CHUNK / 16; ++k) multiply<false>(y, x[k], by_rows(leaving, 16 * k), 1);
+      commit_products();
+      if (!WIDE) find_scores(m.stages[(i + 1) % COUNT]);  // goes on while the outputs leave; nobody reads the last one's
+      await_products<WIDE ? 0 : 1>();
+      hold(y);
+      sync_group(group);  // all have read the scores, whose place the outputs take
+#pragma unroll
+      for (int k = 0; k < CHUNK / 16; ++k) {
+        unsigned a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // y^T lies as x^T does
+          const float* of = y + 8 * k + 2 * i;
+          a[i] = to_bfloats(fmaf(skip[i % 2], low_half(x[k][i]), of[0]), fmaf(skip[i % 2], high_half(x[k][i]), of[1]));
+        }
+        put_transposed(leaving, 16 * k, 16 * warp, a);
+      }
+      sync_group(group);
+      if (active) {
+        bfloat16* to = rows_y + at.start * y_step;
+#pragma unroll
+        for (int t = 0; t < CHUNK; t += GROUP / 8)
+          if (thread / 8 + t < at.count())
+            *reinterpret_cast<uint4*>(to + t * y_step) =
+                *reinterpret_cast<const uint4*>(leaving.at(thread / 8, thread % 8 * 8) + t * 64);
+      }
+      sync_group(group);  // the outputs have left
+    }
+    await_products<0>();
+    hold(h);
+    if (COUNT == 3) hold(scores);
+    if (PACKED && far_edge && (BACK ? at.is_first() && at.start < at.end : at.is_last())) leave(far_edge, sequence);
+  }
+  if (IS_ENDS) {  // where the next segment is entered
+    const i64 next = row * p.segments + segment + (BACK ? -1 : 1);
+    leave(p.passed, next);
+    if (active && thread == 0 && channel == 0) p.totals[next * p.heads + head] = passing;
+  } else if (!PACKED && far_edge && (BACK ? first == 0 : last == p.chunks)) {
+    leave(far_edge, row);
+  }
+}
+
+#define KERNEL(BLOCKS) extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS)
+KERNEL(1) outputs(const __grid_constant__ Params p) { walk<OUTPUTS>(p); }
+KERNEL(WIDE ? 1 : 2) states(const __grid_constant__ Params p) { walk<STATES>(p); }
+KERNEL(WIDE ? 1 : 2) ends(const __grid_constant__ Params p) { walk<ENDS>(p); }
+KERNEL(WIDE ? 1 : 2) flows(const __grid_constant__ Params p) { walk<FLOWS>(p); }
+KERNEL(WIDE ? 1 : 2) flow_ends(const __grid_constant__ Params p) { walk<FLOW_ENDS>(p); }
+
+// From the ends of segments, each from zeros, to the states that segments are entered with: a thread a state.
+template <bool BACK> __device__ __forceinline__ void pass_on(const Params& p) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, size = p.heads * p.width * N;
+  if (i >= p.batch * size) return;
+  const i64 row = i / size, head = i % size / (p.width * N);
+  const float* edge = BACK ? p.d_final : p.initial;
+  float state = !PACKED && edge ? edge[i] : 0.f;
+  for (int k = 0; k < p.segments; ++k) {
+    const i64 at = row * p.segments + (BACK ? p.segments - 1 - k : k);
+    float* of_segment = p.passed + at * size + i % size;
+    if (k > 0) state = fmaf(exp2_fast(p.totals[at * p.heads + head]), state, *of_segment);
+    *of_segment = state;
+  }
+}
+
+extern "C" __global__ void pass_states(const __grid_constant__ Params p) { pass_on<false>(p); }
+extern "C" __global__ void pass_flows(const __grid_constant__ Params p) { pass_on<true>(p); }

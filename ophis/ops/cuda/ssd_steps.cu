@@ -1,0 +1,106 @@
+// SSD: from raw steps to decays, and back from gradients. A warp takes a chunk of a head, a thread two positions.
+//
+// Compiled with, besides what ssd.cuh wants: DT_KIND, HAS_BIAS, SOFTPLUS, LIMITED.
+#include "numbers.cuh"
+#include "ssd.cuh"
+
+// A step's log2 of decay below which float32 has only 0. Held to it, the running sums of a chunk stay so small that their
+// rounding moves a decay by at most 64 * 160 * 2^-24 ln 2 = 4e-4, a fifth of what bfloat16 resolves.
+constexpr float LOWEST = -160.f;
+
+using DT = Stored<DT_KIND>::type;
+
+struct Warp {  // its chunk and head, and what its thread knows of two positions
+  i64 index, chunk, row;
+  int head, t, lane;
+  Place at;
+  float step[2], slope[2];  // the step, and its derivative by dt
+
+  __device__ __forceinline__ bool find(const Params& p) {
+    index = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    chunk = index / p.heads, head = (int)(index % p.heads);
+    if (chunk >= p.batch * p.chunks) return false;
+    lane = threadIdx.x % 32, t = 2 * lane;
+    row = PACKED ? 0 : chunk / p.chunks;
+    const int of_row = (int)(chunk - row * p.chunks);
+    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row) : 0);
+    const DT* dt = (const DT*)p.dt + row * p.sdt.b + at.start * p.sdt.l + head * p.sdt.h;
+    for (int i = 0; i < 2; ++i) {
+      step[i] = slope[i] = 0.f;
+      if (t + i >= at.count()) continue;  // beyond the sequence the state stays as it was
+      float raw = widen<DT_KIND>(dt[(t + i) * p.sdt.l]);
+      if (HAS_BIAS) raw += p.bias[head];
+      const float free = SOFTPLUS ? softplus(raw) : raw;
+      step[i] = LIMITED ? fminf(fmaxf(free, p.low), p.high) : free;
+      slope[i] = SOFTPLUS ? sigmoid(raw) : 1.f;
+      if (LIMITED && (free < p.low || free > p.high)) slope[i] = 0.f;
+    }
+    return true;
+  }
+};
+
+__device__ __forceinline__ float sum_up_to(float v, int lane) {  // over the warp's threads, this one's included
+#pragma unroll
+  for (int k = 1; k < 32; k *= 2) {
+    const float other = __shfl_up_sync(~0u, v, k);
+    if (lane >= k) v += other;
+  }
+  return v;
+}
+
+__device__ __forceinline__ float sum_of_all(float v) {
+#pragma unroll
+  for (int k = 1; k < 32; k *= 2) v += __shfl_xor_sync(~0u, v, k);
+  return v;
+}
+
+extern "C" __global__ void steps(const __grid_constant__ Params p) {
+  Warp w;
+  if (!w.find(p)) return;
+  const float rate = p.A[w.head] * LOG2E;
+  const float log[2] = {fmaxf(w.step[0] * rate, LOWEST), fmaxf(w.step[1] * rate, LOWEST)};
+  const float both = sum_up_to(log[0] + log[1], w.lane), total = sum_of_all(log[0] + log[1]);
+  const float since[2] = {both - log[1], both};
+  Decays& to = p.decays[w.index];
+  for (int i = 0; i < 2; ++i) {
+    to.log[w.t + i] = since[i];
+    to.step[w.t + i] = w.step[i];
+    to.until[w.t + i] = w.step[i] * exp2_fast(total - since[i]);
+    to.since[w.t + i] = exp2_fast(since[i]);
+  }
+}
+
+// What the backward pass leaves for each tile and position, and what of it passes the decay at t: the flows that end at t
+// or later and began before the chunk, or before t; those that began before t and end after the chunk; those through all.
+enum Sum { ENDING, PASSING, ENTERING, DIRECT };
+
+extern "C" __global__ void d_steps(const __grid_constant__ Params p) {
+  Warp w;
+  if (!w.find(p)) return;
+  float behind[2] = {}, into[2] = {}, direct[2] = {}, whole = 0.f;
+  for (int part = 0; part < PARTS; ++part) {
+    const float* sums = p.sums + (w.index * PARTS + part) * (4 * CHUNK) + w.t;
+    for (int i = 0; i < 2; ++i) {
+      behind[i] += sums[ENDING * CHUNK + i] + sums[PASSING * CHUNK + i];
+      into[i] += sums[ENTERING * CHUNK + i];
+      direct[i] += sums[DIRECT * CHUNK + i];
+    }
+    whole += p.of_chunks[(w.index * PARTS + part) * 2];
+  }
+  const float earlier = sum_up_to(into[0] + into[1], w.lane) - (into[0] + into[1]);
+  const float later = sum_of_all(behind[0] + behind[1]) - sum_up_to(behind[0] + behind[1], w.lane);
+  const float d_log[2] = {later + behind[1] + behind[0] + earlier + whole, later + behind[1] + earlier + into[0] + whole};
+  const float rate = p.A[w.head];
+  float of_rate = 0.f, of_bias = 0.f;
+  DT* to = (DT*)p.d_dt + ((w.row * p.length + w.at.start) * p.heads + w.head);
+  for (int i = 0; i < 2; ++i) {
+    const float d_raw = (direct[i] + rate * d_log[i]) * w.slope[i];
+    of_rate += w.step[i] * d_log[i], of_bias += d_raw;
+    if (w.t + i < w.at.count()) to[(w.t + i) * p.heads] = narrow<DT_KIND>(d_raw);
+  }
+  of_rate = sum_of_all(of_rate), of_bias = sum_of_all(of_bias);
+  if (w.lane == 0) {
+    p.partial_A[w.chunk * 2 * p.heads + w.head] = of_rate;
+    p.partial_A[(w.chunk * 2 + 1) * p.heads + w.head] = of_bias;
+  }
+}

@@ -1,0 +1,95 @@
+"""A stand-in for NVRTC, the driver and the GPU: CUDA kernels are compiled for the CPU and run there, thread by thread.
+
+Nothing of this is fast, and it says nothing about races within a warp; but every line of the kernels runs, on poisoned
+shared memory. The tests beside this file hold them against the float64 reference; tests/test_ops_cuda.py runs them, in
+a process of their own, for what is imported here is put in the place of the GPU's packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["cuda.bindings"].__dict__.update(
+    driver=types.SimpleNamespace(CUmodule=object), nvrtc=types.SimpleNamespace()
+)
+
+from ophis.ops.cuda import runtime
+
+HERE = Path(__file__).parent
+STRUCTS = {"gather": "Parts"}
+LAUNCH = """
+extern "C" void launch_{name}(long blocks, int threads, long shared, const {struct}* p) {{
+  if (shared < (long){shared}) std::abort();
+  run(blocks, threads, [&] {{ {name}(*p); }});
+}}
+"""
+NAMES = {
+    "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
+    "selective_scan_relay.cu": ("relay",),
+    "selective_scan_backward.cu": ("backward", "gather"),
+    "ssd_steps.cu": ("steps", "d_steps"),
+    "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
+    "ssd_backward.cu": ("backward",),
+    "causal_conv.cu": ("convolve",),
+}
+# What has `Shared` of its own, by kernel where they differ.
+SHARED = {"outputs": "Shared<true>", **dict.fromkeys(("states", "ends", "flows", "flow_ends"), "Shared<false>")}
+FOLDER = Path(tempfile.mkdtemp())
+
+
+@functools.cache
+def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    for source in runtime.FOLDER.glob("*.cu*"):
+        (folder / source.name).write_text(source.read_text())
+    for source in HERE.glob("*.cuh"):
+        (folder / source.name).write_text(source.read_text())
+    launches = [
+        LAUNCH.format(
+            name=name,
+            struct=STRUCTS.get(name, "Params"),
+            shared=shared_of(file, name),
+        )
+        for name in NAMES[file]
+    ]
+    (folder / "launches.cu").write_text(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches))
+    options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    options += [f"-D{name}={value}" for name, value in macros]
+    command = ["g++", *options, "-x", "c++", str(folder / "launches.cu"), "-o", str(folder / "kernels.so")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+def shared_of(file: str, name: str) -> str:
+    """The size of the shared memory that a kernel takes, in C++."""
+    if name in ("gather", "convolve", "steps", "d_steps") or name.startswith("pass_"):
+        return "0"
+    return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
+
+
+class Kernel:
+    def __init__(self, module: ctypes.CDLL, name: str, threads: int, shared: int):
+        self.function = getattr(module, f"launch_{name}")
+        self.threads, self.shared = threads, shared
+
+    def __call__(self, blocks: int, parameters: Any, stream: int) -> None:
+        self.function(ctypes.c_long(blocks), self.threads, ctypes.c_long(self.shared), ctypes.byref(parameters))
+
+
+runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
+runtime.on_device_of = lambda x: contextlib.nullcontext()
+runtime.stream = lambda: 0
+runtime.multiprocessors = lambda device: 1
