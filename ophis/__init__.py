@@ -1,10 +1,10 @@
 """Ophis: state-space sequence models on any machine, without a build step.
 
-ophis.ops        operators on tensors               (needs torch)
-ophis.layers     Mamba, Mamba2, ... as nn.Modules   (needs torch)
-ophis.LanguageModel, ophis.load, ophis.convert, ophis.preset       (need transformers, imported when first used)
-ophis.accelerate_transformers()    transformers' own Mamba-family models on ophis.ops
-ophis.compat     the names of mamba_ssm and causal_conv1d, where code asks for them
+ophis.ops                       operators on tensors
+ophis.layers                    Mamba, Mamba2, ... as nn.Modules
+ophis.LanguageModel, ...        language models, loading, converting; transformers is imported when first used
+ophis.accelerate_transformers   transformers' own Mamba family on ophis.ops
+ophis.compat                    the names of mamba_ssm and causal_conv1d, where code asks for them
 """
 
 from __future__ import annotations

@@ -401,6 +401,7 @@ STEPS: dict[str, list[Case]] = {
         Case("plain", partial(_step, of=_ssd)),
         Case("everything", partial(_step, of=_ssd, g=2, per_channel=True, optional="D z dt_bias")),
         Case("step limits", partial(_step, of=_ssd, h=6, g=3, p=7, dt_limit=(0.01, 0.05), optional="dt_bias D")),
+        Case("one of each", partial(_step, of=_ssd, b=1, h=1, p=1, n=1)),
     ],
     "causal_conv_step": [
         Case("plain", partial(_step, of=_causal_conv)),

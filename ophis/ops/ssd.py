@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ophis.ops._op import op
 from ophis.ops.in_place import check_in_place
-from ophis.ops.selective_scan import finish
+from ophis.ops.selective_scan import finish, state_dtype
 from ophis.ops.step_size import step_size
 
 
@@ -105,10 +105,9 @@ def ssd_step(
         (b, h, p), in x's dtype.
     """
     check_in_place("ssd_step", state, x, dt, A, B, C, D, z, dt_bias)
-    before = state.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), state.dtype))
     y, after = ssd.reference(
         x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, z=None if z is None else z[:, None], dt_bias=dt_bias,
-        dt_softplus=dt_softplus, dt_limit=dt_limit, initial_state=before,
+        dt_softplus=dt_softplus, dt_limit=dt_limit, initial_state=state.to(state_dtype(x, state)),
     )  # fmt: skip
     state.copy_(after)
     return y[:, 0]
