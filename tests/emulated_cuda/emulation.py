@@ -39,7 +39,7 @@ NAMES = {
     "selective_scan_forward.cu": ("outputs", "states", "gradients", "pass_states", "pass_gradients"),
     "selective_scan_relay.cu": ("relay",),
     "selective_scan_backward.cu": ("backward", "gather"),
-    "ssd_steps.cu": ("steps", "d_steps"),
+    "ssd_steps.cu": ("steps", "d_steps", "add_chunks", "add_splits"),
     "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
     "ssd_backward.cu": ("backward",),
     "causal_conv.cu": ("convolve",),
@@ -75,7 +75,7 @@ def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL
 
 def shared_of(file: str, name: str) -> str:
     """The size of the shared memory that a kernel takes, in C++."""
-    if name in ("gather", "convolve", "steps", "d_steps") or name.startswith("pass_"):
+    if name in ("gather", "convolve", "steps", "d_steps", "add_chunks", "add_splits") or name.startswith("pass_"):
         return "0"
     return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
 

@@ -2,23 +2,21 @@
 
 b batch  l length  d channels  n state size  g groups of channels
 
-The algorithm is told in docs/kernels.md, the kernels are in the .cu files of this folder. What calls with the same
-sizes, strides and dtypes have in common is worked out once for all of them, in a plan: with it a call takes Python some
-20 us, without 100.
+The algorithm is told in docs/kernels.md, the kernels are in the .cu files of this folder. With its plan looked up a
+call takes Python some 20 us, without 100.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
-import struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
+from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, launch
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -182,23 +180,6 @@ def dense(*tensors: Tensor | None) -> list[Any]:
 # What calls have in common
 
 
-class Signal(NamedTuple):
-    """A tensor, but for its numbers."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    beyond: int  # bytes from a multiple of 16 to where it starts
-
-    @property
-    def in_fours(self) -> bool:
-        """Whether four neighbours on the last axis can be read at once, wherever one starts."""
-        *strides, last = self.strides
-        if last != 1 or self.shape[-1] % 4 or self.beyond % (4 * self.dtype.itemsize):
-            return False
-        return not any(stride % 4 for stride in strides)
-
-
 class Described(NamedTuple):
     """A call, but for its numbers: what its kernels and most of their parameters follow from."""
 
@@ -240,26 +221,10 @@ class Described(NamedTuple):
 def described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -> Described:
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     return Described(
-        *(signal(x), signal(dt), signal(B), signal(C)),
-        *(None if z is None else signal(z), None if dy is None else signal(dy)),
+        *(Signal.of(x), Signal.of(dt), Signal.of(B), Signal.of(C)),
+        *(None if z is None else Signal.of(z), None if dy is None else Signal.of(dy)),
         *(A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device),
     )
-
-
-def signal(t: Tensor) -> Signal:
-    return Signal(t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
-
-
-class Scratch:
-    """Memory for as long as a call's kernels run, of float32, by name."""
-
-    def __init__(self, like: Tensor, sizes: tuple[tuple[str, int], ...]):
-        self.memory = like.new_empty(sum(size for _, size in sizes)) if sizes else None
-        self.addresses: dict[str, int] = {}
-        address = self.memory.data_ptr() if self.memory is not None else 0
-        for name, size in sizes:
-            self.addresses[name] = address
-            address += 4 * size
 
 
 # The fields of `Params` in selective_scan.cuh and of `Parts` in selective_scan_backward.cu, all of 64 bits.
@@ -270,46 +235,20 @@ POINTERS = (
 POINTERS_OF_PARTS = ("d_bc", "d_rates", "d_skip", "d_bias", "dB", "dC", "dA", "dD", "d_dt_bias")
 
 
-class Parameters:
-    """A struct of pointers, which a call brings, and numbers after them, which are the same for many."""
-
-    def __init__(self, pointers: tuple[str, ...], numbers: list[int]):
-        self.names, self.form = pointers, struct.Struct(f"{len(pointers)}q")
-        self.template = bytes(self.form.size) + struct.pack(f"{len(numbers)}q", *numbers)
-
-    def filled(self, scratch: Scratch, tensors: dict[str, Tensor | None]) -> ctypes.Array[ctypes.c_char]:
-        memory = ctypes.create_string_buffer(self.template, len(self.template))
-        addresses = dict(scratch.addresses)
-        for name, t in tensors.items():
-            if t is not None:
-                addresses[name] = t.data_ptr()
-        self.form.pack_into(memory, 0, *[addresses.get(name, 0) for name in self.names])
-        return memory
-
-
-Launch = tuple[runtime.Kernel, int]  # and its blocks
-
-
 class Plan(NamedTuple):
     parameters: Parameters
-    launches: tuple[Launch, ...]  # one after the other, on the same parameters
-    scratch: tuple[tuple[str, int], ...]
+    launches: tuple[Launch, ...]
+    scratch: Sizes
     states: tuple[int, ...] = ()  # shape of the final state
     parts: Parameters | None = None
     gathers: tuple[Launch, ...] = ()
 
     def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
-        self._launch(self.launches, self.parameters.filled(scratch, tensors))
+        launch(self.launches, self.parameters.filled(scratch, tensors))
 
     def gather(self, scratch: Scratch, **tensors: Tensor | None) -> None:
         assert self.parts is not None
-        self._launch(self.gathers, self.parts.filled(scratch, tensors))
-
-    @staticmethod
-    def _launch(launches: tuple[Launch, ...], memory: ctypes.Array[ctypes.c_char]) -> None:
-        stream = runtime.stream()
-        for kernel, blocks in launches:
-            kernel(blocks, memory, stream)
+        launch(self.gathers, self.parts.filled(scratch, tensors))
 
 
 @functools.lru_cache(maxsize=1024)

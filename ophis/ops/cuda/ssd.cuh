@@ -30,12 +30,15 @@ struct Params {
   bfloat16 *dx, *dB, *dC;
   void* d_dt;
   float *partial_B, *partial_C;  // (splits, b, l, g, n), where the heads of a group are shared out
-  float *sums;               // (chunks, h tiles, 4, 64)
-  float *of_chunks;          // (chunks, h tiles, 2)
+  float *sums;               // (slices, chunks, h tiles, 4, 64)
+  float *of_chunks;          // (slices, chunks, h tiles, 2)
   float *partial_A;          // (chunks, 2, h): of A and the bias
+  float *dA, *d_bias, *dD;   // (h)
   Strides sx, sB, sC, sdy, sdt;
   i64 D_h, D_p;
   i64 batch, length, heads, width, groups, sequences, chunks, segment, segments, splits;  // chunks: of a row
+  i64 taken;                 // segments that a block of `outputs` takes
+  i64 slice, slices;         // of more than N states, backward: which N these are
   float low, high;           // limits of a step
 };
 

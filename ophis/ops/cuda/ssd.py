@@ -8,12 +8,15 @@ The algorithm is told in docs/kernels.md, the kernels are in the .cu files of th
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
+from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, launch
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
@@ -22,7 +25,7 @@ from ophis.ops.ssd import ssd
 CHUNK, TILE = 64, 64  # positions; channels of a head
 THREADS = 256
 SIZES = (64, 128, 256)  # n
-WIDEST_BACKWARD = 128
+SLICE = 128  # states that the backward kernels take at once: outputs, and so all gradients, are sums over states
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD_BLOCKS, STATES_BLOCKS = 1, 2  # on a multiprocessor: rows are cut into segments to have so many
 BACKWARD_BLOCKS = 4  # likewise, where the heads of a group are shared out; these wait for each other
@@ -53,8 +56,6 @@ def why_not_these(call) -> str | None:
         return f"its kernels take heads by {TILE} channels, and here p={x.shape[3]}"
     if n not in SIZES:
         return f"its kernels are for n={', '.join(map(str, SIZES))}, and here n={n}"
-    if n > WIDEST_BACKWARD and training:
-        return f"its backward pass holds states of up to n={WIDEST_BACKWARD}, and here n={n}"
     if call["z"] is not None:
         return "there is a gate z, which its kernels leave to the norm"
     if D is not None and D.ndim == 2 and training:
@@ -64,144 +65,239 @@ def why_not_these(call) -> str | None:
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
     x, B, C = map(aligned, (x, B, C))
-    call = Launches(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state = call.edges(initial_state)
-    call.set(y=y, final_state=final_state)
-    call.split(FORWARD_BLOCKS)
+    A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
     with runtime.on_device_of(x):
-        call.steps()
-        if call.segments > 1:
-            call.carry("ends", "pass_states")
-        call.launch("outputs")
+        plan = forward_plan(described(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+        y, final_state = x.new_empty(x.shape), edges(A, x, B, cu_seqlens, initial_state)
+        tensors = dict(x=x, B=B, C=C, dt=dt, A=A, bias=dt_bias, D=D, initial=initial_state, offsets=cu_seqlens)
+        plan.run(Scratch(A, plan.scratch), **tensors, y=y, final_state=final_state)
     return y, final_state
 
 
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
     dy = dy if _in_eights(dy) else dy.contiguous()
     x, B, C, dy = map(aligned, (x, B, C, dy))
-    call = Launches(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, dy)
-    b, _, h, p = x.shape
-    g, n = B.shape[2:]
-    chunks, parts = b * call.chunks, p // TILE
-    d_final = None if d_final is None else d_final.contiguous()
-    dx, d_dt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    d_initial = None if initial_state is None else call.edges(d_final)
-    states, flows = x.new_empty(chunks, h, p, n), x.new_empty(chunks, h, p, n)
-    call.splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(x.device) // (chunks * g), h // g))
-    partial_B, partial_C = A.new_empty(2, call.splits, *B.shape) if call.splits > 1 else (None, None)
-    sums, of_chunks = A.new_empty(chunks, h, parts, 4, CHUNK), A.new_empty(chunks, h, parts, 2)
-    partial_A = A.new_empty(chunks, 2, h)
-    call.set(d_final=d_final, d_initial=d_initial, states=states, flows=flows, dx=dx, d_dt=d_dt, dB=dB, dC=dC)
-    call.set(partial_B=partial_B, partial_C=partial_C, sums=sums, of_chunks=of_chunks, partial_A=partial_A)
-    call.split(STATES_BLOCKS)
+    A, dt_bias = dense(A, dt_bias)
     with runtime.on_device_of(x):
-        call.steps()
-        for ends, passing, states_of in (("ends", "pass_states", "states"), ("flow_ends", "pass_flows", "flows")):
-            if call.segments > 1:
-                call.carry(ends, passing)
-            call.launch(states_of)
-        call.launch("backward")
-        call.launch("d_steps")
-    if partial_B is not None and partial_C is not None:
-        dB, dC = (t.sum(0).to(B.dtype) for t in (partial_B, partial_C))
-    dA, d_bias = partial_A.sum(0)
-    dD = None if D is None else of_chunks[..., 1].sum((0, 2))
+        plan = backward_plan(described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+        dx, d_dt, dA = x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(A.shape)
+        dD, d_bias = (None if t is None else A.new_empty(t.shape) for t in (D, dt_bias))
+        scratch = Scratch(A, plan.scratch)
+        of_all = dict(x=x, dt=dt, dy=dy, A=A, bias=dt_bias, D=D, offsets=cu_seqlens, dx=dx, d_dt=d_dt)
+        plan.steps.run(scratch, **of_all)
+        found = []
+        for of_slice, (b, c, initial, d_end) in zip(plan.slices, slices(B, C, initial_state, d_final), strict=True):
+            initial, d_end = dense(initial, d_end)
+            dB, dC = b.new_empty(b.shape), c.new_empty(c.shape)
+            d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
+            tensors = dict(B=b, C=c, initial=initial, d_final=d_end, dB=dB, dC=dC, d_initial=d_initial)
+            of_slice.run(scratch, **of_all, **tensors)
+            found.append((dB, dC, d_initial))
+        plan.sums.run(scratch, **of_all, dA=dA, d_bias=d_bias, dD=dD)
+    dB, dC, d_initial = found[0] if len(found) == 1 else (joined(t) for t in zip(*found, strict=True))
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
+
+
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Parameters and states are small: copies where they are not contiguous cost little."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def edges(A: Tensor, x: Tensor, B: Tensor, cu_seqlens: Tensor | None, begun: Tensor | None) -> Tensor:
+    """Memory for the states where sequences end, or begin. That of an empty sequence is where it began."""
+    if cu_seqlens is None:
+        return A.new_empty(x.shape[0], *x.shape[2:], B.shape[-1])
+    if begun is None:
+        return A.new_zeros(len(cu_seqlens) - 1, *x.shape[2:], B.shape[-1])
+    return begun.clone(memory_format=torch.contiguous_format)
+
+
+def slices(B: Tensor, *more: Tensor | None) -> list[tuple[Any, ...]]:
+    """The states that the backward kernels take at once, and then the next ones."""
+    n, tensors = B.shape[-1], (B, *more)
+    if n <= SLICE:
+        return [tensors]
+    return [tuple(None if t is None else t[..., i : i + SLICE] for t in tensors) for i in range(0, n, SLICE)]
+
+
+def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts, -1)  # pyright: ignore[reportArgumentType] (all or none)
+
+
+# What calls have in common
 
 
 # The fields of `Params` in ssd.cuh, all of 64 bits but the last two.
 POINTERS = (
     "x", "B", "C", "dy", "dt", "A", "bias", "D", "initial", "d_final", "offsets", "decays", "y", "final_state",
     "d_initial", "passed", "totals", "states", "flows", "dx", "dB", "dC", "d_dt", "partial_B", "partial_C", "sums",
-    "of_chunks", "partial_A",
+    "of_chunks", "partial_A", "dA", "d_bias", "dD",
 )  # fmt: skip
-STRIDED = ("x", "B", "C", "dy", "dt")
 
 
-class Launches:
-    """One call's parameters, and its kernels."""
+class Described(NamedTuple):
+    """A call, but for its numbers: what its kernels and most of their parameters follow from."""
 
-    splits = 1
+    x: Signal
+    dt: Signal
+    B: Signal
+    C: Signal
+    dy: Signal | None
+    skip: tuple[int, ...] | None  # D's strides
+    has_bias: bool
+    softplus: bool
+    limit: tuple[float, ...]
+    sequences: int  # 0: not packed
+    device: torch.device
 
-    def __init__(
-        self, x, dt, A: Tensor, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, dy=None
-    ):  # fmt: skip
-        # Parameters and states are small: copies where they are not contiguous cost little.
-        A = A.contiguous()
-        dt_bias, initial = (None if t is None else t.contiguous() for t in (dt_bias, initial_state))
-        self.tensors: dict[str, Tensor | None] = dict(
-            x=x, B=B, C=C, dy=dy, dt=dt, A=A, D=D, bias=dt_bias, initial=initial, offsets=cu_seqlens
-        )
-        self.x, self.A, self.n, self.limit = x, A, B.shape[-1], dt_limit
-        self.batch, self.length, self.heads, self.width = x.shape
-        self.groups = B.shape[2]
-        self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.packed = cu_seqlens is not None
-        self.chunks = self.length // CHUNK + self.sequences if self.packed else -(-self.length // CHUNK)
-        self.macros = (("N", self.n), ("PARTS", self.width // TILE), ("PACKED", int(self.packed)))
-        limited = tuple(dt_limit) != (0.0, float("inf"))
-        kinds = (("DT_KIND", KINDS[dt.dtype]), ("HAS_BIAS", dt_bias is not None))
-        options = (("SOFTPLUS", dt_softplus), ("LIMITED", limited))
-        self.step_macros = (*self.macros, *((name, int(value)) for name, value in (*kinds, *options)))
+    @property
+    def chunks(self) -> int:
+        """Of a row."""
+        length = self.x.shape[1]
+        return length // CHUNK + self.sequences if self.sequences else -(-length // CHUNK)
+
+    @property
+    def parts(self) -> int:
+        """Tiles of a head."""
+        return self.x.shape[3] // TILE
 
     @property
     def pairs(self) -> int:
-        """Of tiles, in all groups: two take B and C together."""
-        return self.groups * -(-(self.heads // self.groups * self.width // TILE) // 2)
+        """Of tiles, in all groups and rows: two take B and C together."""
+        rows, _, heads, _ = self.x.shape
+        groups = self.B.shape[2]
+        return rows * groups * -(-heads // groups * self.parts // 2)
 
-    def split(self, blocks: int) -> None:
-        """Rows into segments, so that there are so many blocks for each multiprocessor."""
-        wanted = blocks * runtime.multiprocessors(self.x.device) // (self.batch * self.pairs)
-        self.segment = -(-self.chunks // max(1, min(wanted, self.chunks)))
-        self.segments = -(-self.chunks // self.segment)
+    @property
+    def of_chunks(self) -> int:
+        """Chunks of heads."""
+        return self.x.shape[0] * self.chunks * self.x.shape[2]
 
-    def set(self, **tensors: Tensor | None) -> None:
-        self.tensors.update(tensors)
+    def segments(self, blocks: int) -> tuple[int, int]:
+        """Chunks of a segment, and segments of a row, so that there are so many blocks for each multiprocessor."""
+        wanted = blocks * runtime.multiprocessors(self.device) // self.pairs
+        segment = -(-self.chunks // max(1, min(wanted, self.chunks)))
+        return segment, -(-self.chunks // segment)
 
-    def edges(self, begun: Tensor | None) -> Tensor:
-        """Memory for the states where sequences end, or begin. That of an empty sequence is where it began."""
-        shape = (self.sequences, self.heads, self.width, self.n)
-        if not self.packed:
-            return self.A.new_empty(shape)
-        return self.A.new_zeros(shape) if begun is None else begun.clone(memory_format=torch.contiguous_format)
+    def macros(self, n: int) -> runtime.Macros:
+        return ("N", n), ("PARTS", self.parts), ("PACKED", int(self.sequences > 0))
 
-    def parameters(self):
+    def kernel(self, name: str, n: int) -> runtime.Kernel:
+        """One for n states."""
+        return _kernel(name, self.macros(n), self.device)
+
+    def kernel_of_steps(self, name: str, n: int) -> runtime.Kernel:
+        limited = self.limit != (0.0, float("inf"))
+        options = dict(DT_KIND=KINDS[self.dt.dtype], HAS_BIAS=self.has_bias, SOFTPLUS=self.softplus, LIMITED=limited)
+        macros = tuple((key, int(value)) for key, value in options.items())
+        return _kernel(name, (*self.macros(n), *macros), self.device)
+
+    def steps(self, name: str, n: int) -> Launch:
+        """A warp for each chunk of a head."""
+        kernel = self.kernel_of_steps(name, n)
+        return kernel, -(-self.of_chunks * 32 // kernel.threads)
+
+    def walk(self, name: str, ends: str, passing: str, n: int, segments: int, taken: int = 1) -> list[Launch]:
+        """So many segments a block, once what comes into each is found: what each adds by itself, and then the sum of
+        what is passed on, a thread for each state."""
+        walk = self.kernel(name, n), self.pairs * -(-segments // taken)
+        if segments == 1:
+            return [walk]
+        rows, _, heads, width = self.x.shape
+        pass_on = self.kernel(passing, n)
+        blocks = -(-rows * heads * width * n // pass_on.threads)
+        return [(self.kernel(ends, n), self.pairs * (segments - 1)), (pass_on, blocks), walk]
+
+    def passed(self, n: int, segments: int) -> Sizes:
+        """Memory for what comes into each segment."""
+        rows, _, heads, width = self.x.shape
+        if segments == 1:
+            return ()
+        return ("passed", rows * segments * heads * width * n), ("totals", rows * segments * heads)
+
+    def parameters(self, segment: int, segments: int, splits: int = 1, taken: int = 1, of_slice: int = 0, slices=1):
         """`Params` of ssd.cuh."""
-        values = [0 if (t := self.tensors.get(name)) is None else t.data_ptr() for name in POINTERS]
-        for name in STRIDED:
-            t = self.tensors[name]
-            values += (0, 0, 0) if t is None else t.stride()[:3]
-        D = self.tensors["D"]
-        values += (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-        values += (self.batch, self.length, self.heads, self.width, self.groups, self.sequences)
-        values += (self.chunks, self.segment, self.segments, self.splits)
-        return runtime.pack([*values, struct.unpack("q", struct.pack("2f", *self.limit))[0]])
+        strides = [(0, 0, 0) if t is None else t.strides[:3] for t in (self.x, self.B, self.C, self.dy, self.dt)]
+        skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
+        sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks, segment, segments)
+        (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
+        return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, splits, taken, of_slice, slices, limit])
 
-    def steps(self) -> None:
-        """The decays of all chunks."""
-        self.set(decays=self.A.new_empty(self.batch * self.chunks, self.heads, 4, CHUNK))
-        self.launch("steps")
 
-    def carry(self, ends: str, passing: str) -> None:
-        """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
-        shape = (self.batch, self.segments, self.heads)
-        self.set(passed=self.A.new_empty(*shape, self.width, self.n), totals=self.A.new_empty(shape))
-        self.launch(ends)
-        self.launch(passing)
+def described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> Described:
+    sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    return Described(
+        *(Signal.of(x), Signal.of(dt), Signal.of(B), Signal.of(C), None if dy is None else Signal.of(dy)),
+        *(None if D is None else D.stride(), dt_bias is not None, dt_softplus, tuple(dt_limit), sequences, x.device),
+    )
 
-    def launch(self, name: str) -> None:
-        kernel = _kernel(name, self.step_macros if name.endswith("steps") else self.macros, self.x.device)
-        of_chunks = self.batch * self.chunks
-        if name.endswith("steps"):  # a warp for each chunk of a head
-            blocks = -(-of_chunks * self.heads * 32 // kernel.threads)
-        elif name.startswith("pass"):  # a thread for each state
-            blocks = -(-self.batch * self.heads * self.width * self.n // kernel.threads)
-        elif name == "backward":
-            blocks = of_chunks * self.groups * self.splits
-        else:
-            blocks = self.batch * self.pairs * (self.segments - 1 if name.endswith("ends") else self.segments)
-        kernel(blocks, self.parameters(), runtime.stream())
+
+class Plan(NamedTuple):
+    parameters: Parameters
+    launches: tuple[Launch, ...]
+    scratch: Sizes = ()
+
+    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
+        launch(self.launches, self.parameters.filled(scratch, tensors))
+
+
+class BackwardPlan(NamedTuple):
+    steps: Plan
+    slices: tuple[Plan, ...]  # of states
+    sums: Plan
+    scratch: Sizes
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_plan(call: Described) -> Plan:
+    n = call.B.shape[-1]
+    segment, segments = call.segments(FORWARD_BLOCKS)
+    taken = 1
+    if segments > 1 and n <= SLICE:  # their ends are found by as many more blocks as fit
+        taken = STATES_BLOCKS // FORWARD_BLOCKS
+        segment = -(-segment // taken)
+        segments = -(-call.chunks // segment)
+    launches = [call.steps("steps", n), *call.walk("outputs", "ends", "pass_states", n, segments, taken)]
+    scratch = (("decays", call.of_chunks * 4 * CHUNK), *call.passed(n, segments))
+    return Plan(call.parameters(segment, segments, taken=taken), tuple(launches), scratch)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_plan(call: Described) -> BackwardPlan:
+    rows, length, heads, width = call.x.shape
+    groups, n = call.B.shape[2:]
+    taken = min(n, SLICE)
+    count = n // taken
+    of_groups = rows * call.chunks * groups
+    splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(call.device) // of_groups, heads // groups))
+    segment, segments = call.segments(STATES_BLOCKS)
+    launches = [
+        *call.walk("states", "ends", "pass_states", taken, segments),
+        *call.walk("flows", "flow_ends", "pass_flows", taken, segments),
+        (call.kernel("backward", taken), of_groups * splits),
+    ]
+    scratch = [
+        ("decays", call.of_chunks * 4 * CHUNK),
+        *call.passed(taken, segments),
+        *((name, call.of_chunks * width * taken // 2) for name in ("states", "flows")),  # of bfloat16
+        ("sums", count * call.of_chunks * call.parts * 4 * CHUNK),
+        ("of_chunks", count * call.of_chunks * call.parts * 2),
+        ("partial_A", call.of_chunks * 2),
+    ]
+    if splits > 1:
+        entries = rows * length * groups * taken
+        kernel = call.kernel_of_steps("add_splits", taken)
+        launches.append((kernel, -(-entries // kernel.threads)))  # a thread has two of dB or of dC
+        scratch += [(name, splits * entries) for name in ("partial_B", "partial_C")]
+    add_chunks = call.kernel_of_steps("add_chunks", taken)
+    sums = (call.steps("d_steps", taken), (add_chunks, -(-3 * heads * 32 // add_chunks.threads)))
+    parameters = [call.parameters(segment, segments, splits, 1, i, count) for i in range(count)]
+    return BackwardPlan(
+        Plan(parameters[0], (call.steps("steps", taken),)),
+        tuple(Plan(of_slice, tuple(launches)) for of_slice in parameters),
+        Plan(parameters[0], sums),
+        tuple(scratch),
+    )
 
 
 def _in_eights(t: Tensor) -> bool:
@@ -218,8 +314,9 @@ def aligned(t: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
-    file = {"steps": "ssd_steps.cu", "d_steps": "ssd_steps.cu", "backward": "ssd_backward.cu"}.get(name)
-    module = runtime.load(file or "ssd_forward.cu", macros, device)
+    of_steps = name in ("steps", "d_steps", "add_chunks", "add_splits")
+    file = "ssd_steps.cu" if of_steps else "ssd_backward.cu" if name == "backward" else "ssd_forward.cu"
+    module = runtime.load(file, macros, device)
     n = dict(macros)["N"]
     signal, matrix, decays = 2 * CHUNK * TILE, 2 * CHUNK * n, 4 * 4 * CHUNK
     shared = 0  # bytes of `Shared`

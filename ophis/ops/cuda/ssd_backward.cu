@@ -10,7 +10,8 @@
 //   dB += (w step x) F,  dS += step K                      (s, n), (s, t)
 //   dC += (v dy) h                                         (t, n)     h: the state before the chunk, v: decays since
 //
-// and in the end dB += dS C, dC += dS^T B.
+// and in the end dB += dS C, dC += dS^T B. All of it is a sum over states: where there are more than N, each slice of N
+// adds its dx to what is there.
 #include "ssd.cuh"
 
 struct Stage {  // what comes from memory for a tile
@@ -49,6 +50,10 @@ __device__ __forceinline__ float dot(unsigned a, unsigned b) {
   return low_half(a) * low_half(b) + high_half(a) * high_half(b);
 }
 
+__device__ __forceinline__ unsigned sum(unsigned a, unsigned b) {
+  return to_bfloats(low_half(a) + low_half(b), high_half(a) + high_half(b));
+}
+
 struct Block {  // its work
   int thread, group, lane, warp, r, c;  // of this thread; its rows of sums are r and r + 8, its columns c and c + 1 of eight
   int heads, split, of_groups, first, count;
@@ -70,6 +75,9 @@ struct Block {  // its work
   __device__ __forceinline__ int channel(int tile) const { return tile % PARTS * TILE; }
   __device__ __forceinline__ i64 index(const Params& p, int tile) const {
     return (chunk * p.heads + head(tile)) * PARTS + tile % PARTS;
+  }
+  __device__ __forceinline__ i64 in_slices(const Params& p, i64 index) const {
+    return p.slice * p.batch * p.chunks * p.heads * PARTS + index;
   }
 };
 
@@ -144,7 +152,7 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
   each_tile(p, b, copies, m, [&](int tile, Stage& now) {
     const Decays& decays = now.decays;
     const int head = b.head(tile);
-    const i64 index = b.index(p, tile);
+    const i64 index = b.in_slices(p, b.index(p, tile));
     float* to_sums = p.sums + index * (4 * CHUNK);
     float d_scores[CHUNK / 2], d_u[TILE / 2];
     begin_products();
@@ -245,7 +253,7 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
     await_products<0>();
     hold(d_u);
     hold(d_B);
-    const float skip = p.D ? p.D[head * p.D_h] : 0.f;
+    const float skip = p.D && p.slice == 0 ? p.D[head * p.D_h] : 0.f;
     float of_skip = 0.f;
 #pragma unroll
     for (int k = 0; k < TILE / 16; ++k) {
@@ -275,9 +283,15 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
     bfloat16* to = p.dx + ((b.row * p.length + b.at.start) * p.heads + head) * p.width + b.channel(tile);
 #pragma unroll
     for (int s = thread / 8; s < CHUNK; s += GROUP / 8)
-      if (s < b.at.count())
-        *reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8) =
-            *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
+      if (s < b.at.count()) {
+        uint4 v = *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
+        uint4* at = reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8);
+        if (p.slice > 0) {
+          const uint4 before = *at;
+          v = {sum(v.x, before.x), sum(v.y, before.y), sum(v.z, before.z), sum(v.w, before.w)};
+        }
+        *at = v;
+      }
   });
 
   unsigned a[CHUNK / 16][4];
@@ -306,7 +320,7 @@ __device__ __forceinline__ void of_outputs(const Params& p, const Block& b, cons
   for (int i = 0; i < N / 2; ++i) d_C[i] = 0.f;
   each_tile(p, b, copies, m, [&](int tile, Stage& now) {
     const Decays& decays = now.decays;
-    const i64 index = b.index(p, tile);
+    const i64 index = b.in_slices(p, b.index(p, tile));
     float* to_sums = p.sums + index * (4 * CHUNK);
     float out[TILE / 2];
     begin_products();

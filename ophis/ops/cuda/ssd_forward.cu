@@ -38,14 +38,15 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
 
   // Which tiles, segment and row.
   const int heads = (int)(p.heads / p.groups), tiles = heads * PARTS;
-  const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, counted = (int)p.segments - IS_ENDS;
+  const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, taken = WHAT == OUTPUTS ? (int)p.taken : 1;
+  const int counted = ((int)p.segments + taken - 1) / taken - IS_ENDS;
   const int pair = blockIdx.x % work % pairs, of_groups = blockIdx.x % work / pairs;
-  const int segment = blockIdx.x / work % counted + (WHAT == FLOW_ENDS);
+  const int segment = blockIdx.x / work % counted * taken + (WHAT == FLOW_ENDS);
   const i64 row = blockIdx.x / work / counted;
   const int tile = least(2 * pair + group, tiles - 1);
   const bool active = 2 * pair + group < tiles;  // the second tile of a pair may not exist: it is the first once more
   const int head = of_groups * heads + tile / PARTS, channel = tile % PARTS * TILE;
-  const int first = segment * (int)p.segment, last = least(first + (int)p.segment, (int)p.chunks);
+  const int first = segment * (int)p.segment, last = least(first + taken * (int)p.segment, (int)p.chunks);
 
   const Strides& of_value = BACK ? p.sdy : p.sx;
   const Strides& of_matrix = BACK ? p.sC : p.sB;

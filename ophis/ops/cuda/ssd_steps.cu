@@ -1,4 +1,5 @@
-// SSD: from raw steps to decays, and back from gradients. A warp takes a chunk of a head, a thread two positions.
+// SSD: from raw steps to decays, and back from gradients, for which a warp takes a chunk of a head, a thread two positions;
+// and what is added up in the end.
 //
 // Compiled with, besides what ssd.cuh wants: DT_KIND, HAS_BIAS, SOFTPLUS, LIMITED.
 #include "numbers.cuh"
@@ -78,14 +79,16 @@ extern "C" __global__ void d_steps(const __grid_constant__ Params p) {
   Warp w;
   if (!w.find(p)) return;
   float behind[2] = {}, into[2] = {}, direct[2] = {}, whole = 0.f;
-  for (int part = 0; part < PARTS; ++part) {
-    const float* sums = p.sums + (w.index * PARTS + part) * (4 * CHUNK) + w.t;
+  const i64 tiles = p.batch * p.chunks * p.heads * PARTS;  // of a slice
+  for (i64 part = 0; part < p.slices * PARTS; ++part) {
+    const i64 tile = part / PARTS * tiles + w.index * PARTS + part % PARTS;
+    const float* sums = p.sums + tile * (4 * CHUNK) + w.t;
     for (int i = 0; i < 2; ++i) {
       behind[i] += sums[ENDING * CHUNK + i] + sums[PASSING * CHUNK + i];
       into[i] += sums[ENTERING * CHUNK + i];
       direct[i] += sums[DIRECT * CHUNK + i];
     }
-    whole += p.of_chunks[(w.index * PARTS + part) * 2];
+    whole += p.of_chunks[tile * 2];
   }
   const float earlier = sum_up_to(into[0] + into[1], w.lane) - (into[0] + into[1]);
   const float later = sum_of_all(behind[0] + behind[1]) - sum_up_to(behind[0] + behind[1], w.lane);
@@ -103,4 +106,36 @@ extern "C" __global__ void d_steps(const __grid_constant__ Params p) {
     p.partial_A[w.chunk * 2 * p.heads + w.head] = of_rate;
     p.partial_A[(w.chunk * 2 + 1) * p.heads + w.head] = of_bias;
   }
+}
+
+// A warp adds up what all chunks have for one head's A, bias or D. The latter is no sum over states: the first slice's.
+extern "C" __global__ void add_chunks(const __grid_constant__ Params p) {
+  const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  const int head = warp / 3, what = warp % 3;
+  float* const to = what == 0 ? p.dA : what == 1 ? p.d_bias : p.dD;
+  if (head >= p.heads || !to) return;
+  float sum = 0.f;
+  for (i64 chunk = lane; chunk < p.batch * p.chunks; chunk += 32) {
+    if (what < 2) sum += p.partial_A[(chunk * 2 + what) * p.heads + head];
+    else
+      for (int part = 0; part < PARTS; ++part) sum += p.of_chunks[((chunk * p.heads + head) * PARTS + part) * 2 + 1];
+  }
+  sum = sum_of_all(sum);
+  if (lane == 0) to[head] = sum;
+}
+
+// dB and dC from what blocks have that share out the heads of a group. A thread adds up two numbers.
+extern "C" __global__ void add_splits(const __grid_constant__ Params p) {
+  const i64 size = p.batch * p.length * p.groups * N;
+  i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 2;
+  if (i >= 2 * size) return;
+  const bool of_C = i >= size;
+  if (of_C) i -= size;
+  const float* from = (of_C ? p.partial_C : p.partial_B) + i;
+  float2 sum = {0.f, 0.f};
+  for (int split = 0; split < p.splits; ++split) {
+    const float2 v = *reinterpret_cast<const float2*>(from + split * size);
+    sum.x += v.x, sum.y += v.y;
+  }
+  *reinterpret_cast<unsigned*>((of_C ? p.dC : p.dB) + i) = to_bfloats(sum.x, sum.y);
 }

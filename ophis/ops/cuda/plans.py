@@ -1,0 +1,77 @@
+"""What calls with the same sizes, strides and dtypes have in common, worked out once for all of them.
+
+An op describes a call in a tuple that can be looked up, and finds a plan for it: the kernels, their blocks, and the
+parameters but for the addresses of tensors. A GPU is through with a short row sooner than Python with one call's sums.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ophis.ops.cuda import runtime
+
+Launch = tuple[runtime.Kernel, int]  # and its blocks
+Sizes = tuple[tuple[str, int], ...]  # names, and how many numbers of float32 each has
+
+
+class Signal(NamedTuple):
+    """A tensor, but for its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    beyond: int  # bytes from a multiple of 16 to where it starts
+
+    @classmethod
+    def of(cls, t: Tensor) -> Signal:
+        return cls(t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+
+    @property
+    def in_fours(self) -> bool:
+        """Whether four neighbours on the last axis can be read at once, wherever one starts."""
+        *strides, last = self.strides
+        if last != 1 or self.shape[-1] % 4 or self.beyond % (4 * self.dtype.itemsize):
+            return False
+        return not any(stride % 4 for stride in strides)
+
+
+class Scratch:
+    """Memory for as long as a call's kernels run, by name. Each begins at a multiple of 128 bytes, as loads like it."""
+
+    def __init__(self, like: Tensor, sizes: Sizes):
+        padded = [(name, -(-size // 32) * 32) for name, size in sizes]
+        self.memory = like.new_empty(sum(size for _, size in padded)) if sizes else None  # alive while this is
+        self.addresses: dict[str, int] = {}
+        address = self.memory.data_ptr() if self.memory is not None else 0
+        for name, size in padded:
+            self.addresses[name] = address
+            address += 4 * size
+
+
+class Parameters:
+    """A struct of pointers, which a call brings, and numbers after them, which are the same for many."""
+
+    def __init__(self, pointers: tuple[str, ...], numbers: list[int]):
+        self.names, self.form = pointers, struct.Struct(f"{len(pointers)}q")
+        self.template = bytes(self.form.size) + struct.pack(f"{len(numbers)}q", *numbers)
+
+    def filled(self, scratch: Scratch, tensors: dict[str, Tensor | None]) -> ctypes.Array[ctypes.c_char]:
+        memory = ctypes.create_string_buffer(self.template, len(self.template))
+        addresses = dict(scratch.addresses)
+        for name, t in tensors.items():
+            if t is not None:
+                addresses[name] = t.data_ptr()
+        self.form.pack_into(memory, 0, *[addresses.get(name, 0) for name in self.names])
+        return memory
+
+
+def launch(launches: tuple[Launch, ...], parameters: ctypes.Array[ctypes.c_char]) -> None:
+    """One after the other, on the same parameters."""
+    stream = runtime.stream()
+    for kernel, blocks in launches:
+        kernel(blocks, parameters, stream)
