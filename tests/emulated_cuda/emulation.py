@@ -66,6 +66,8 @@ def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL
     ]
     (folder / "launches.cu").write_text(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches))
     options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    # A GPU reads 8 or 16 bytes only where a multiple of so many begins; this processor would read them anywhere.
+    options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     options += [f"-D{name}={value}" for name, value in macros]
     command = ["g++", *options, "-x", "c++", str(folder / "launches.cu"), "-o", str(folder / "kernels.so")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -178,6 +178,7 @@ inline unsigned to_halves(float low, float high) { return to_half(low) | (unsign
 inline unsigned to_bfloats(float low, float high) { return to_bfloat(low) | (unsigned)to_bfloat(high) << 16; }
 
 template <int SIZE> inline void copy_async(void* to, const void* from, bool there) {
+  if ((uintptr_t)to % SIZE || (uintptr_t)from % SIZE) std::abort();
   if (there) std::memcpy(to, from, SIZE);
   else std::memset(to, 0, SIZE);
 }

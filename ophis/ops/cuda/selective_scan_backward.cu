@@ -48,7 +48,7 @@ struct Coming {
 struct Shared {
   Coming coming;
   // Rows are longer than they need to be, so that those written together lie in different banks.
-  float2 steps[CHUNK][CHANNELS + 2];        // step, step * x; then the sums over states of g B and of A a g h_{t-1}
+  alignas(16) float2 steps[CHUNK][CHANNELS + 2];  // step, step * x; then sums over states: g B, A a g h_{t-1}
   float gated[CHUNK][CHANNELS + 16];        // dy silu(z), the gradient of C h + D x; then C h
   float4 matrices[CHUNK][2][4];             // B, C of a tile
   float4 kept[PARTS][2][THREADS];           // states at the parts' starts
