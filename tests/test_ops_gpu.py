@@ -139,7 +139,7 @@ def test_ssd_of_one_long_row(backend: str, dtype: torch.dtype):
 @pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "norm" not in pair[0]])
 def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):
     offsets = list(itertools.accumulate(lengths, initial=0))
-    inputs = case(name, "packed", dtype=torch.bfloat16, length=offsets[-1], d=192)
+    inputs = case(name, "packed", dtype=torch.bfloat16, length=offsets[-1], d=256 if name == "ssd" else 192)
     state = inputs["initial_state"]
     inputs["initial_state"] = torch.randn(len(lengths), *state.shape[1:], device=DEVICE)
     inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)

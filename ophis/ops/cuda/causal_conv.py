@@ -18,6 +18,7 @@ from ophis.ops.library import causal_conv as library
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FURTHEST = 2**24  # numbers between neighbouring positions: the kernel takes up to RUN of them with offsets of 32 bits
 WIDEST = 4
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile does not trace it
 RUN, WARPS = 16, 2  # positions of a thread; warps of a block
 
 
@@ -35,7 +36,7 @@ def why_not_these(call) -> str | None:
     x, w = call["x"], call["weight"].shape[1]
     if not 2 <= w <= WIDEST:
         return f"its kernel is for widths from 2 to {WIDEST}, and here w={w}"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is missing, whose kernel goes back"
     # Where x starts is not asked here, since calls are told apart by their shapes and strides alone: `in_fours`.
     if x.stride(2) != 1 or any(size % 4 for size in (x.shape[2], x.stride(0), x.stride(1))):

@@ -64,7 +64,7 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     A thread may be without one though the device is current: autograd's, before it has launched anything itself.
     """
     index = x.device.index
-    if index != torch.cuda.current_device():
+    if index != torch._C._cuda_getDevice():
         return torch.cuda.device(x.device)
     if index not in _thread.__dict__.setdefault("devices", set()):
         if not int(_ok(driver.cuCtxGetCurrent())):
@@ -78,8 +78,8 @@ _as_it_is = contextlib.nullcontext()
 
 
 def stream() -> int:
-    """The current one of the current device. By the function that Triton calls, too: PyTorch's own takes 7 us."""
-    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    """The current one of the current device. By the functions that Triton calls, too: PyTorch's own takes 7 us."""
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, launch
+from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, empty_like, launch
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -135,7 +135,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     with runtime.on_device_of(x):
         call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
         plan = forward_plan(call, keep)
-        y, final_state = x.new_empty(x.shape), A.new_empty(plan.states)
+        y, final_state = empty_like(x), A.new_empty(plan.states)
         kept = A.new_empty(kept_shape(x, A, cu_seqlens)) if keep else None
         if cu_seqlens is not None:  # what an empty sequence ends with
             final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
@@ -151,10 +151,8 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     with runtime.on_device_of(x):
         call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
         plan = backward_plan(call)
-        dx, ddt, dA, dB, dC = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
-        dD, dz, d_dt_bias, d_initial = (
-            None if t is None else t.new_empty(t.shape) for t in (D, z, dt_bias, initial_state)
-        )
+        dx, ddt, dA, dB, dC = map(empty_like, (x, dt, A, B, C))
+        dD, dz, d_dt_bias, d_initial = (None if t is None else empty_like(t) for t in (D, z, dt_bias, initial_state))
         if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
             d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
         scratch = Scratch(A, plan.scratch)

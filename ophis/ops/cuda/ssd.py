@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, launch
+from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, empty_like, launch
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
@@ -68,7 +68,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
     with runtime.on_device_of(x):
         plan = forward_plan(described(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-        y, final_state = x.new_empty(x.shape), edges(A, x, B, cu_seqlens, initial_state)
+        y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
         tensors = dict(x=x, B=B, C=C, dt=dt, A=A, bias=dt_bias, D=D, initial=initial_state, offsets=cu_seqlens)
         plan.run(Scratch(A, plan.scratch), **tensors, y=y, final_state=final_state)
     return y, final_state
@@ -80,15 +80,15 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     A, dt_bias = dense(A, dt_bias)
     with runtime.on_device_of(x):
         plan = backward_plan(described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-        dx, d_dt, dA = x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(A.shape)
-        dD, d_bias = (None if t is None else A.new_empty(t.shape) for t in (D, dt_bias))
+        dx, d_dt, dA = empty_like(x), empty_like(dt), empty_like(A)
+        dD, d_bias = (None if t is None else empty_like(t) for t in (D, dt_bias))
         scratch = Scratch(A, plan.scratch)
         of_all = dict(x=x, dt=dt, dy=dy, A=A, bias=dt_bias, D=D, offsets=cu_seqlens, dx=dx, d_dt=d_dt)
         plan.steps.run(scratch, **of_all)
         found = []
         for of_slice, (b, c, initial, d_end) in zip(plan.slices, slices(B, C, initial_state, d_final), strict=True):
             initial, d_end = dense(initial, d_end)
-            dB, dC = b.new_empty(b.shape), c.new_empty(c.shape)
+            dB, dC = empty_like(b), empty_like(c)
             d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
             tensors = dict(B=b, C=c, initial=initial, d_final=d_end, dB=dB, dC=dC, d_initial=d_initial)
             of_slice.run(scratch, **of_all, **tensors)

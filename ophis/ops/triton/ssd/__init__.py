@@ -57,7 +57,7 @@ TILES = {
 }
 FORWARD_PROGRAMS, STATES_PROGRAMS = 2, 4  # for each multiprocessor, where rows are cut into segments to have so many
 BACKWARD_PROGRAMS = 4  # likewise, where the heads of a group are shared out
-STEP_ENTRIES, STEP_WARPS = 4096, 4  # of a state, to a program
+STEP_ENTRIES, STEP_WARPS = 1024, 1  # of a state, to a program
 PASS_ROWS, PASS_ENTRIES, PASS_WARPS = 16, 128, 4
 STEPS_HEADS, STEPS_WARPS = 16, 4
 
