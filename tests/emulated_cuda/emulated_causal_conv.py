@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any
 
 import emulation  # noqa: F401 (puts itself in the place of the GPU's packages)
@@ -59,11 +58,3 @@ def test_convolution_of_a_slice():
         wide = torch.full((2, 40, 48), torch.nan)
         inputs["x"] = wide[..., offset : offset + 20].copy_(inputs["x"])
         check(causal_conv, inputs, "emulated")
-
-
-@torch.no_grad()
-def test_a_compiler_can_follow_the_choice_of_this_backend():
-    inputs = next(case for case in CONV if case.name == "everything").inputs(length=40, b=2, d=20)
-    compiled = torch.compile(partial(causal_conv, backend="emulated"), backend="eager", fullgraph=True)
-    for actual, expected in zip(compiled(**inputs), causal_conv(**inputs, backend="emulated"), strict=True):
-        assert torch.equal(actual, expected)
