@@ -7,7 +7,7 @@ backends on all of them; a wrong one is refused. All sides of a call take turns 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,10 +144,10 @@ def _measure(
             )
         else:
             sides[peer.name] = Side(shape.op, peer.name, *peer.prepare(of_peer, inputs))
-    different = {peer.name for peer, _ in others if not peer.same_work}
+    of_others = {peer.name: peer for peer, _ in others}
     for direction in shape.directions:
-        yield from _first_calls(shape, sides, direction, names, different)
-        ours = [n for n in sides if n in names]
+        yield from _first_calls(shape, sides, direction, of_others)
+        ours = [n for n in sides if n not in of_others]
         if not ours:
             return
         moved = shapes.bytes_moved(shape.op, inputs, sides[ours[0]].forward(), direction)
@@ -258,15 +258,13 @@ def _as_sequence(step: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _first_calls(
-    shape: Shape, sides: dict[str, Side], direction: str, names: Sequence[str], different: Collection[str]
-) -> Iterator[Note]:
+def _first_calls(shape: Shape, sides: dict[str, Side], direction: str, others: dict[str, peers.Peer]) -> Iterator[Note]:
     """Runs every side once, and removes backends that differ and others' functions that fail.
 
     At the full size no reference is affordable. But an error there is unlikely to be the same in two of them. Two that
     differ do not tell which is wrong: PyTorch's, the slowest and plainest, is taken at its word.
     """
-    ours = [name for name in sides if name in names]
+    ours = [name for name in sides if name not in others]
     if not ours:
         return
     trusted = sides["torch" if "torch" in ours else ours[-1]]
@@ -276,16 +274,17 @@ def _first_calls(
     for side in [side for side in sides.values() if side is not trusted]:
         try:
             actual = side.call(direction)()
-        except RuntimeError as failed:
-            if side.name in ours:
+        except Exception as failed:  # of any kind: it is somebody else's code
+            if side.name in ours or isinstance(failed, torch.OutOfMemoryError):
                 raise
             del sides[side.name]
-            yield Note(f"{shape}: {side.name} fails: {str(failed).partition(chr(10))[0]}")
+            text = str(failed).strip().partition(chr(10))[0]
+            yield Note(f"{shape}: {side.name} fails: {type(failed).__name__}: {text}")
             continue
-        if side.name not in ours:
-            if direction != FORWARD or side.name in different:
+        if other := others.get(side.name):
+            if direction != FORWARD or not other.same_work:
                 continue  # theirs lie elsewhere in memory, or are other numbers
-            actual = (actual[0].transpose(1, 2) if actual[0].shape != expected[0].shape else actual[0],)
+            actual = (actual[0].transpose(1, 2) if other.length_last else actual[0],)
         off = {w: _error_in_parts(a, e) for w, a, e in zip(what, actual, expected, strict=False)}
         if beyond := [f"{w} by {o:.1e}" for w, o in off.items() if not o <= AGREE * floor]:
             text = f"{shape}: {side.name} and {trusted.name} differ, in {', '.join(beyond)}"

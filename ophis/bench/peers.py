@@ -23,6 +23,7 @@ class Peer(NamedTuple):
     prepare: Callable[[Callable[..., Any], dict[str, Any]], tuple[Callable[..., Any], dict[str, Any]]]
     # (the function, an op's inputs) -> (a function of the tensors that it has in their layout, these tensors)
     same_work: bool = True  # whether it computes the same numbers
+    length_last: bool = False  # whether its outputs are (b, d, l)
     longest: int | None = None  # positions
 
 
@@ -81,11 +82,13 @@ def _ssd(function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Callable
 
 
 def _ssd_step(function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A, dt, D and dt_bias are given for each channel and state, without memory for it: it looks at their strides."""
+    """A, dt and dt_bias are given for each channel and state, without memory for it: it looks at their strides. It does
+    so even where there is no dt_bias, which may then not be left out."""
+    no_bias = inputs["A"].new_zeros(1).expand(inputs["x"].shape[1:])
 
     def call(x, dt, A, B, C, state) -> Tensor:
         channels = dt[..., None].expand_as(x)
-        return function(state, x, channels, A[:, None, None].expand(state.shape[1:]), B, C)
+        return function(state, x, channels, A[:, None, None].expand(state.shape[1:]), B, C, dt_bias=no_bias)
 
     return call, {**inputs, "state": inputs["state"].clone()}
 
@@ -112,7 +115,7 @@ def _attention(
     shape = (x.shape[0], x[0, 0].numel() // head, x.shape[1], head)
 
     def call(q, k, v) -> Tensor:
-        with sdpa_kernel(SDPBackend[kind]):
+        with sdpa_kernel(getattr(SDPBackend, kind)):
             return function(q, k, v, is_causal=True)
 
     return call, {name: torch.randn(shape, dtype=x.dtype, device=x.device) for name in "qkv"}
@@ -124,7 +127,13 @@ def _length_last(t: Tensor) -> Tensor:
 
 PEERS: dict[str, tuple[Peer, ...]] = {
     "selective_scan": (
-        Peer("mamba-ssm", "mamba-ssm", "mamba_ssm.ops.selective_scan_interface:selective_scan_fn", _scan),
+        Peer(
+            "mamba-ssm",
+            "mamba-ssm",
+            "mamba_ssm.ops.selective_scan_interface:selective_scan_fn",
+            _scan,
+            length_last=True,
+        ),
     ),
     "selective_scan_step": (
         Peer(
@@ -151,8 +160,14 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("mamba-ssm", "mamba-ssm", "mamba_ssm.ops.triton.selective_state_update:selective_state_update", _ssd_step),
     ),
     "causal_conv": (
-        Peer("causal-conv1d", "causal-conv1d", "causal_conv1d:causal_conv1d_fn", _conv),
-        Peer("causal-conv1d, (b, l, d)", "causal-conv1d", "causal_conv1d:causal_conv1d_fn", _conv_channels_last),
+        Peer("causal-conv1d", "causal-conv1d", "causal_conv1d:causal_conv1d_fn", _conv, length_last=True),
+        Peer(
+            "causal-conv1d, (b, l, d)",
+            "causal-conv1d",
+            "causal_conv1d:causal_conv1d_fn",
+            _conv_channels_last,
+            length_last=True,
+        ),
     ),
     "causal_conv_step": (Peer("causal-conv1d", "causal-conv1d", "causal_conv1d:causal_conv1d_update", _conv_step),),
 }

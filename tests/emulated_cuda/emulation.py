@@ -41,7 +41,7 @@ NAMES = {
     "selective_scan_backward.cu": ("backward", "gather"),
     "ssd_steps.cu": ("steps", "d_steps", "add_chunks", "add_splits"),
     "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
-    "ssd_backward.cu": ("backward",),
+    "ssd_backward.cu": ("backward", "backward_later"),
     "causal_conv.cu": ("convolve",),
 }
 # What has `Shared` of its own, by kernel where they differ.

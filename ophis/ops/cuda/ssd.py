@@ -274,8 +274,8 @@ def backward_plan(call: Described) -> BackwardPlan:
     launches = [
         *call.walk("states", "ends", "pass_states", taken, segments),
         *call.walk("flows", "flow_ends", "pass_flows", taken, segments),
-        (call.kernel("backward", taken), of_groups * splits),
     ]
+    after: list[Launch] = []
     scratch = [
         ("decays", call.of_chunks * 4 * CHUNK),
         *call.passed(taken, segments),
@@ -287,15 +287,20 @@ def backward_plan(call: Described) -> BackwardPlan:
     if splits > 1:
         entries = rows * length * groups * taken
         kernel = call.kernel_of_steps("add_splits", taken)
-        launches.append((kernel, -(-entries // kernel.threads)))  # a thread has two of dB or of dC
+        after.append((kernel, -(-entries // kernel.threads)))  # a thread has two of dB or of dC
         scratch += [(name, splits * entries) for name in ("partial_B", "partial_C")]
     add_chunks = call.kernel_of_steps("add_chunks", taken)
     sums = (call.steps("d_steps", taken), (add_chunks, -(-3 * heads * 32 // add_chunks.threads)))
-    parameters = [call.parameters(segment, segments, splits, 1, i, count) for i in range(count)]
+    slices = []
+    for i in range(count):
+        kernel = call.kernel("backward_later" if i else "backward", taken)
+        of_slice = call.parameters(segment, segments, splits, 1, i, count)
+        slices.append(Plan(of_slice, (*launches, (kernel, of_groups * splits), *after)))
+    of_all = call.parameters(segment, segments, slices=count)
     return BackwardPlan(
-        Plan(parameters[0], (call.steps("steps", taken),)),
-        tuple(Plan(of_slice, tuple(launches)) for of_slice in parameters),
-        Plan(parameters[0], sums),
+        Plan(of_all, (call.steps("steps", taken),)),
+        tuple(slices),
+        Plan(of_all, sums),
         tuple(scratch),
     )
 
@@ -315,7 +320,7 @@ def aligned(t: Tensor) -> Tensor:
 @functools.cache
 def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.Kernel:
     of_steps = name in ("steps", "d_steps", "add_chunks", "add_splits")
-    file = "ssd_steps.cu" if of_steps else "ssd_backward.cu" if name == "backward" else "ssd_forward.cu"
+    file = "ssd_steps.cu" if of_steps else "ssd_backward.cu" if name.startswith("backward") else "ssd_forward.cu"
     module = runtime.load(file, macros, device)
     n = dict(macros)["N"]
     signal, matrix, decays = 2 * CHUNK * TILE, 2 * CHUNK * n, 4 * 4 * CHUNK
@@ -323,7 +328,7 @@ def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.
     if name == "outputs":
         stages = 3 if n <= 128 else 2
         shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 2 * signal
-    elif name == "backward":
+    elif name.startswith("backward"):
         shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + 16 * CHUNK // 8 * 128 + 2048
     elif name in ("states", "ends", "flows", "flow_ends"):
         shared = 2 * (matrix + 1024 + 2 * signal + 2 * decays) + 2 * matrix

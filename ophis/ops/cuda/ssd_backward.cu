@@ -10,8 +10,8 @@
 //   dB += (w step x) F,  dS += step K                      (s, n), (s, t)
 //   dC += (v dy) h                                         (t, n)     h: the state before the chunk, v: decays since
 //
-// and in the end dB += dS C, dC += dS^T B. All of it is a sum over states: where there are more than N, each slice of N
-// adds its dx to what is there.
+// and in the end dB += dS C, dC += dS^T B. All of it is a sum over states: where there are more than N, a slice of N after
+// the first (LATER) adds its dx to what is there.
 #include "ssd.cuh"
 
 struct Stage {  // what comes from memory for a tile
@@ -23,7 +23,7 @@ struct Stage {  // what comes from memory for a tile
 struct Shared {
   Stage stages[2];
   Matrix<CHUNK, N> B, C;
-  Matrix<CHUNK, TILE> leaving;    // dx; in the end dS
+  Matrix<CHUNK, TILE> leaving;    // dx, of earlier slices at first; in the end dS
   float4 scores[CHUNK / 8][GROUP];  // each thread of the first warpgroup has its own
   float columns[4][CHUNK];        // sums over a warp's rows
   float warps[2][4];              // what is summed over a warpgroup's warps
@@ -48,10 +48,6 @@ __device__ __forceinline__ float sum_of_four(const float (&v)[4]) { return (v[0]
 __device__ __forceinline__ float dot(const float* a, unsigned b) { return a[0] * low_half(b) + a[1] * high_half(b); }
 __device__ __forceinline__ float dot(unsigned a, unsigned b) {
   return low_half(a) * low_half(b) + high_half(a) * high_half(b);
-}
-
-__device__ __forceinline__ unsigned sum(unsigned a, unsigned b) {
-  return to_bfloats(low_half(a) + low_half(b), high_half(a) + high_half(b));
 }
 
 struct Block {  // its work
@@ -129,7 +125,7 @@ __device__ __forceinline__ void keep_sums(const Params& p, const Block& b, const
   }
 }
 
-__device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const Copies& copies, Shared& m) {
+template <bool LATER> __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const Copies& copies, Shared& m) {
   const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r, c = b.c;
   float d_B[N / 2], between[CHUNK / 2];
 #pragma unroll
@@ -149,9 +145,15 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
     for (int j = 0; j < CHUNK / 8; ++j)
       m.scores[j][thread] = make_float4(scores[4 * j], scores[4 * j + 1], scores[4 * j + 2], scores[4 * j + 3]);
   }
+  bfloat16* const rows_dx = p.dx + (b.row * p.length + b.at.start) * p.heads * p.width;
+  const Rows<GROUP, TILE> earlier(rows_dx, p.heads * p.width, thread);
   each_tile(p, b, copies, m, [&](int tile, Stage& now) {
     const Decays& decays = now.decays;
     const int head = b.head(tile);
+    if (LATER) {
+      earlier.copy(m.leaving, head * p.width + b.channel(tile), b.at.count());
+      commit_copies();
+    }
     const i64 index = b.in_slices(p, b.index(p, tile));
     float* to_sums = p.sums + index * (4 * CHUNK);
     float d_scores[CHUNK / 2], d_u[TILE / 2];
@@ -253,17 +255,24 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
     await_products<0>();
     hold(d_u);
     hold(d_B);
-    const float skip = p.D && p.slice == 0 ? p.D[head * p.D_h] : 0.f;
+    const float skip = !LATER && p.D ? p.D[head * p.D_h] : 0.f;
     float of_skip = 0.f;
+    if (LATER) {
+      await_copies_but<0>();
+      sync_group(0);
+    }
 #pragma unroll
     for (int k = 0; k < TILE / 16; ++k) {
-      unsigned dy[4], a[4];
+      unsigned dy[4], a[4], before[4];
       fetch(dy, now.dy, 16 * warp, 16 * k);
+      if (LATER) fetch(before, m.leaving, 16 * warp, 16 * k);  // what this thread puts there
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* u = d_u + 8 * k + 2 * i;
         of_skip += dot(x[k][i], dy[i]);
-        a[i] = to_bfloats(fmaf(skip, low_half(dy[i]), u[0] * step[i % 2]), fmaf(skip, high_half(dy[i]), u[1] * step[i % 2]));
+        float low = u[0] * step[i % 2], high = u[1] * step[i % 2];
+        if (LATER) low += low_half(before[i]), high += high_half(before[i]);
+        a[i] = to_bfloats(fmaf(skip, low_half(dy[i]), low), fmaf(skip, high_half(dy[i]), high));
       }
       put(m.leaving, 16 * warp, 16 * k, a);
     }
@@ -280,18 +289,12 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
         const float ends = sum_of_four(of_warps);
         to_sums[PASSING * CHUNK + t] = ends - beginning[i] * step[i];
       }
-    bfloat16* to = p.dx + ((b.row * p.length + b.at.start) * p.heads + head) * p.width + b.channel(tile);
+    bfloat16* to = rows_dx + head * p.width + b.channel(tile);
 #pragma unroll
     for (int s = thread / 8; s < CHUNK; s += GROUP / 8)
-      if (s < b.at.count()) {
-        uint4 v = *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
-        uint4* at = reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8);
-        if (p.slice > 0) {
-          const uint4 before = *at;
-          v = {sum(v.x, before.x), sum(v.y, before.y), sum(v.z, before.z), sum(v.w, before.w)};
-        }
-        *at = v;
-      }
+      if (s < b.at.count())
+        *reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8) =
+            *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
   });
 
   unsigned a[CHUNK / 16][4];
@@ -378,7 +381,7 @@ __device__ __forceinline__ void of_outputs(const Params& p, const Block& b, cons
   keep_sums(p, b, d_C, p.partial_C, p.dC);
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) backward(const __grid_constant__ Params p) {
+template <bool LATER> __device__ __forceinline__ void run(const Params& p) {
   extern __shared__ __align__(1024) char memory[];
   Shared& m = *reinterpret_cast<Shared*>(memory);
   const Block b(p);
@@ -392,6 +395,10 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) backward(const __grid
   await_copies_but<0>();
   publish();
   __syncthreads();
-  if (b.group == 0) of_inputs(p, b, copies, m);
+  if (b.group == 0) of_inputs<LATER>(p, b, copies, m);
   else of_outputs(p, b, copies, m);
 }
+
+#define KERNEL extern "C" __global__ void __launch_bounds__(2 * GROUP, 1)
+KERNEL backward(const __grid_constant__ Params p) { run<false>(p); }
+KERNEL backward_later(const __grid_constant__ Params p) { run<true>(p); }
