@@ -351,9 +351,9 @@ def test_peers_of_ssd_get_the_same_numbers(monkeypatch):
     def combined(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_softplus=False):
         return OPS["ssd"](x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, backend="reference")[0]
 
-    def update(state, x, dt, A, B, C, dt_bias):
+    def update(state, x, dt, A, B, C, D, dt_bias):
         assert (dt.stride(-1), A.stride()[1:], dt_bias.stride(-1)) == (0, (0, 0), 0)
-        assert not dt_bias.any()
+        assert not torch.cat([D, dt_bias]).any()
         return OPS["ssd_step"](x, dt[..., 0], A[:, 0, 0], B, C, state, backend="reference")
 
     for name, function in (("ssd_combined", combined), ("selective_state_update", update)):

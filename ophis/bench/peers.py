@@ -83,12 +83,12 @@ def _ssd(function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Callable
 
 def _ssd_step(function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A, dt and dt_bias are given for each channel and state, without memory for it: it looks at their strides. It does
-    so even where there is no dt_bias, which may then not be left out."""
-    no_bias = inputs["A"].new_zeros(1).expand(inputs["x"].shape[1:])
+    so even where there is no dt_bias or D, which therefore are zeros."""
+    zeros = inputs["A"].new_zeros(1).expand(inputs["x"].shape[1:])
 
     def call(x, dt, A, B, C, state) -> Tensor:
         channels = dt[..., None].expand_as(x)
-        return function(state, x, channels, A[:, None, None].expand(state.shape[1:]), B, C, dt_bias=no_bias)
+        return function(state, x, channels, A[:, None, None].expand(state.shape[1:]), B, C, D=zeros, dt_bias=zeros)
 
     return call, {**inputs, "state": inputs["state"].clone()}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ophis import ops
 from ophis.ops.cuda import ssd
 from ophis.ops.library.ssd import Kernels, custom_op
-from ophis.testing import CASES, check
+from ophis.testing import CASES, check, error, widened
 
 ops.ssd.register("emulated", ssd.why_not_these)(custom_op("emulated", Kernels(ssd.forward, ssd.backward)))
 
@@ -63,6 +63,27 @@ def test_segments(name: str, processors: int, monkeypatch: pytest.MonkeyPatch):
     """Of two chunks each, or one; and the heads of a group shared out."""
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: processors)
     check(ops.ssd, inputs_of(name, length=330), "emulated")
+
+
+@pytest.mark.parametrize("name", ("everything", "packed"))
+def test_many_segments(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What comes into each is added up by a kernel of its own."""
+    monkeypatch.setattr(ssd, "MOST_SUMMED", 0)
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 4)
+    check(ops.ssd, inputs_of(name, length=330), "emulated")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", (0, 16))
+@pytest.mark.parametrize("name", ("everything", "packed"))
+def test_long_segments(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+    """Whose ends are found by halves; three segments, the last of which is short."""
+    monkeypatch.setattr(ssd, "MOST_SUMMED", most)
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 3)
+    inputs = inputs_of(name, length=24 * 64 + 10, h=2, g=1)
+    expected = ops.ssd(**widened(inputs), backend="reference")
+    for actual, same in zip(ops.ssd(**inputs, backend="emulated"), expected, strict=True):
+        assert error(actual, same) < 2**-7
 
 
 @pytest.mark.parametrize("bounds", [(0, 0, 3, 4, 4, 130, 150, 150), (0, 64, 128, 150)], ids=str)

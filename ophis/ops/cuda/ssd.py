@@ -28,6 +28,7 @@ SIZES = (64, 128, 256)  # n
 SLICE = 128  # states that the backward kernels take at once: outputs, and so all gradients, are sums over states
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD_BLOCKS, STATES_BLOCKS = 1, 2  # on a multiprocessor: rows are cut into segments to have so many
+MOST_SUMMED = 16  # segments whose ends each later one adds up itself, 1 us or less for eight of them
 BACKWARD_BLOCKS = 4  # likewise, where the heads of a group are shared out; these wait for each other
 
 
@@ -135,6 +136,27 @@ POINTERS = (
 )  # fmt: skip
 
 
+class Segments(NamedTuple):
+    """Of a row."""
+
+    length: int  # in chunks
+    count: int
+    taken: int  # by a block, one after the other
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.count // self.taken)
+
+    @property
+    def ends(self) -> int:
+        """How many are followed by one that a block begins with, or by others before that."""
+        return (self.blocks - 1) * self.taken
+
+    @property
+    def summed(self) -> bool:
+        return self.ends > MOST_SUMMED
+
+
 class Described(NamedTuple):
     """A call, but for its numbers: what its kernels and most of their parameters follow from."""
 
@@ -173,11 +195,14 @@ class Described(NamedTuple):
         """Chunks of heads."""
         return self.x.shape[0] * self.chunks * self.x.shape[2]
 
-    def segments(self, blocks: int) -> tuple[int, int]:
-        """Chunks of a segment, and segments of a row, so that there are so many blocks for each multiprocessor."""
+    def segments(self, blocks: int, finer: int = 1) -> Segments:
+        """So that there are so many blocks for each multiprocessor. Ends can be those of `finer` segments."""
         wanted = blocks * runtime.multiprocessors(self.device) // self.pairs
-        segment = -(-self.chunks // max(1, min(wanted, self.chunks)))
-        return segment, -(-self.chunks // segment)
+        length = -(-self.chunks // max(1, min(wanted, self.chunks)))
+        if length == self.chunks or length < 4 * finer:  # of a few chunks, a part of one counts too much
+            finer = 1
+        length = -(-length // finer)
+        return Segments(length, -(-self.chunks // length), finer)
 
     def macros(self, n: int) -> runtime.Macros:
         return ("N", n), ("PARTS", self.parts), ("PACKED", int(self.sequences > 0))
@@ -197,31 +222,33 @@ class Described(NamedTuple):
         kernel = self.kernel_of_steps(name, n)
         return kernel, -(-self.of_chunks * 32 // kernel.threads)
 
-    def walk(self, name: str, ends: str, passing: str, n: int, segments: int, taken: int = 1) -> list[Launch]:
-        """So many segments a block, once what comes into each is found: what each adds by itself, and then the sum of
-        what is passed on, a thread for each state."""
-        walk = self.kernel(name, n), self.pairs * -(-segments // taken)
-        if segments == 1:
-            return [walk]
-        rows, _, heads, width = self.x.shape
-        pass_on = self.kernel(passing, n)
-        blocks = -(-rows * heads * width * n // pass_on.threads)
-        return [(self.kernel(ends, n), self.pairs * (segments - 1)), (pass_on, blocks), walk]
+    def walk(self, name: str, ends: str, passing: str, n: int, segments: Segments) -> list[Launch]:
+        """What comes into each segment, and then all of them side by side. Where they are few, each adds up itself what
+        those before it leave; else another kernel does, a thread for each state."""
+        launches = []
+        if segments.ends:
+            launches.append((self.kernel(ends, n), self.pairs * segments.ends))
+        if segments.summed:
+            rows, _, heads, width = self.x.shape
+            kernel = self.kernel(passing, n)
+            launches.append((kernel, -(-rows * heads * width * n // kernel.threads)))
+        return [*launches, (self.kernel(name, n), self.pairs * segments.blocks)]
 
-    def passed(self, n: int, segments: int) -> Sizes:
+    def passed(self, n: int, segments: Segments) -> Sizes:
         """Memory for what comes into each segment."""
         rows, _, heads, width = self.x.shape
-        if segments == 1:
+        if not segments.ends:
             return ()
-        return ("passed", rows * segments * heads * width * n), ("totals", rows * segments * heads)
+        return ("passed", rows * segments.count * heads * width * n), ("totals", rows * segments.count * heads)
 
-    def parameters(self, segment: int, segments: int, splits: int = 1, taken: int = 1, of_slice: int = 0, slices=1):
+    def parameters(self, segments: Segments, splits: int = 1, of_slice: int = 0, slices: int = 1) -> Parameters:
         """`Params` of ssd.cuh."""
         strides = [(0, 0, 0) if t is None else t.strides[:3] for t in (self.x, self.B, self.C, self.dy, self.dt)]
         skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
-        sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks, segment, segments)
+        sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks)
         (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
-        return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, splits, taken, of_slice, slices, limit])
+        cut = (segments.length, segments.count, splits, segments.taken, segments.ends, segments.summed)
+        return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit])
 
 
 def described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> Described:
@@ -251,15 +278,11 @@ class BackwardPlan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def forward_plan(call: Described) -> Plan:
     n = call.B.shape[-1]
-    segment, segments = call.segments(FORWARD_BLOCKS)
-    taken = 1
-    if segments > 1 and n <= SLICE:  # their ends are found by as many more blocks as fit
-        taken = STATES_BLOCKS // FORWARD_BLOCKS
-        segment = -(-segment // taken)
-        segments = -(-call.chunks // segment)
-    launches = [call.steps("steps", n), *call.walk("outputs", "ends", "pass_states", n, segments, taken)]
+    # Ends are found by as many more blocks as fit; of the widest states by no more.
+    segments = call.segments(FORWARD_BLOCKS, finer=STATES_BLOCKS // FORWARD_BLOCKS if n <= SLICE else 1)
+    launches = [call.steps("steps", n), *call.walk("outputs", "ends", "pass_states", n, segments)]
     scratch = (("decays", call.of_chunks * 4 * CHUNK), *call.passed(n, segments))
-    return Plan(call.parameters(segment, segments, taken=taken), tuple(launches), scratch)
+    return Plan(call.parameters(segments), tuple(launches), scratch)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -270,7 +293,7 @@ def backward_plan(call: Described) -> BackwardPlan:
     count = n // taken
     of_groups = rows * call.chunks * groups
     splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(call.device) // of_groups, heads // groups))
-    segment, segments = call.segments(STATES_BLOCKS)
+    segments = call.segments(STATES_BLOCKS)
     launches = [
         *call.walk("states", "ends", "pass_states", taken, segments),
         *call.walk("flows", "flow_ends", "pass_flows", taken, segments),
@@ -294,9 +317,9 @@ def backward_plan(call: Described) -> BackwardPlan:
     slices = []
     for i in range(count):
         kernel = call.kernel("backward_later" if i else "backward", taken)
-        of_slice = call.parameters(segment, segments, splits, 1, i, count)
+        of_slice = call.parameters(segments, splits, i, count)
         slices.append(Plan(of_slice, (*launches, (kernel, of_groups * splits), *after)))
-    of_all = call.parameters(segment, segments, slices=count)
+    of_all = call.parameters(segments, slices=count)
     return BackwardPlan(
         Plan(of_all, (call.steps("steps", taken),)),
         tuple(slices),
@@ -327,11 +350,11 @@ def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.
     shared = 0  # bytes of `Shared`
     if name == "outputs":
         stages = 3 if n <= 128 else 2
-        shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 2 * signal
+        shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 4 * signal
     elif name.startswith("backward"):
         shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + 16 * CHUNK // 8 * 128 + 2048
     elif name in ("states", "ends", "flows", "flow_ends"):
-        shared = 2 * (matrix + 1024 + 2 * signal + 2 * decays) + 2 * matrix
+        shared = 2 * (matrix + 1024 + 2 * signal + 2 * decays) + 2 * matrix + 2 * 1024
     return runtime.Kernel(module, name, THREADS, shared)
 
 

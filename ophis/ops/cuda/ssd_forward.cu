@@ -24,7 +24,8 @@ template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chu
 
 template <bool WITH_OUTPUTS> struct Shared {
   Stage<WITH_OUTPUTS> stages[STAGES<WITH_OUTPUTS>];
-  Matrix<TILE, WITH_OUTPUTS ? CHUNK : N> leaving[2];  // the scores (t, s), then the outputs (t, p); or the states (p, n)
+  Matrix<TILE, WITH_OUTPUTS ? CHUNK : N> leaving[2];  // the scores (t, s); or the states (p, n)
+  Matrix<WITH_OUTPUTS ? CHUNK : 8, TILE> outputs[2];
 };
 
 enum What { OUTPUTS, STATES, ENDS, FLOWS, FLOW_ENDS };  // a block's work; of states alone: all of them, or a segment's end
@@ -39,7 +40,7 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
   // Which tiles, segment and row.
   const int heads = (int)(p.heads / p.groups), tiles = heads * PARTS;
   const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, taken = WHAT == OUTPUTS ? (int)p.taken : 1;
-  const int counted = ((int)p.segments + taken - 1) / taken - IS_ENDS;
+  const int counted = IS_ENDS ? (int)p.ends : ((int)p.segments + taken - 1) / taken;
   const int pair = blockIdx.x % work % pairs, of_groups = blockIdx.x % work / pairs;
   const int segment = blockIdx.x / work % counted * taken + (WHAT == FLOW_ENDS);
   const i64 row = blockIdx.x / work / counted;
@@ -78,9 +79,22 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     to += state_at(index);
     each_state([&](float low, float high, i64 at) { *reinterpret_cast<float2*>(to + at) = make_float2(low, high); });
   };
-  if (!IS_ENDS && p.segments > 1) enter(p.passed, row * p.segments + segment);
-  else if (!IS_ENDS && !PACKED) enter(edge, row);
-  else enter(nullptr, 0);
+  if (!IS_ENDS && p.summed) {
+    enter(p.passed, row * p.segments + segment);
+  } else {
+    enter(IS_ENDS || PACKED ? nullptr : edge, row);
+    const int before = IS_ENDS || p.segments == 1 ? 0 : BACK ? (int)p.segments - 1 - segment : segment;
+#pragma unroll 1
+    for (int k = 1; k <= before; ++k) {  // what segments leave by themselves, one after the other
+      const i64 index = row * p.segments + (BACK ? p.segments - 1 - k : k);
+      const float left = exp2_fast(p.totals[index * p.heads + head]);
+      const float* from = p.passed + state_at(index);
+      each_state([&](float& low, float& high, i64 at) {
+        const float2 v = *reinterpret_cast<const float2*>(from + at);
+        low = fmaf(left, low, v.x), high = fmaf(left, high, v.y);
+      });
+    }
+  }
 
   int sequence = PACKED ? sequence_of(p, BACK ? last - 1 : first) : (int)row;
   int coming = sequence;  // of the chunk that is copied
@@ -257,7 +271,6 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
       if (!WIDE) find_scores(m.stages[(i + 1) % COUNT]);  // goes on while the outputs leave; nobody reads the last one's
       await_products<WIDE ? 0 : 1>();
       hold(y);
-      sync_group(group);  // all have read the scores, whose place the outputs take
 #pragma unroll
       for (int k = 0; k < CHUNK / 16; ++k) {
         unsigned a[4];
@@ -266,7 +279,7 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
           const float* of = y + 8 * k + 2 * i;
           a[i] = to_bfloats(fmaf(skip[i % 2], low_half(x[k][i]), of[0]), fmaf(skip[i % 2], high_half(x[k][i]), of[1]));
         }
-        put_transposed(leaving, 16 * k, 16 * warp, a);
+        put_transposed(m.outputs[group], 16 * k, 16 * warp, a);
       }
       sync_group(group);
       if (active) {
@@ -275,9 +288,8 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
         for (int t = 0; t < CHUNK; t += GROUP / 8)
           if (thread / 8 + t < at.count())
             *reinterpret_cast<uint4*>(to + t * y_step) =
-                *reinterpret_cast<const uint4*>(leaving.at(thread / 8, thread % 8 * 8) + t * 64);
+                *reinterpret_cast<const uint4*>(m.outputs[group].at(thread / 8, thread % 8 * 8) + t * 64);
       }
-      sync_group(group);  // the outputs have left
     }
     await_products<0>();
     hold(h);
@@ -307,7 +319,7 @@ template <bool BACK> __device__ __forceinline__ void pass_on(const Params& p) {
   const i64 row = i / size, head = i % size / (p.width * N);
   const float* edge = BACK ? p.d_final : p.initial;
   float state = !PACKED && edge ? edge[i] : 0.f;
-  for (int k = 0; k < p.segments; ++k) {
+  for (int k = 0; k <= p.ends; ++k) {
     const i64 at = row * p.segments + (BACK ? p.segments - 1 - k : k);
     float* of_segment = p.passed + at * size + i % size;
     if (k > 0) state = fmaf(exp2_fast(p.totals[at * p.heads + head]), state, *of_segment);
