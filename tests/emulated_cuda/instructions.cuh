@@ -90,6 +90,7 @@ inline void await_signal(unsigned long long* s, int turn) {
 }
 
 inline int of_warp(int v) { return v; }
+inline int settled(int v) { return v; }
 
 inline void begin() {
   body();

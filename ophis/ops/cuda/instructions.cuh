@@ -52,6 +52,13 @@ __device__ __forceinline__ float reciprocal(float x) {
 // What all threads of a warp have: the compiler may keep it once for all of them.
 __device__ __forceinline__ int of_warp(int v) { return __shfl_sync(~0u, v, 0); }
 
+// The same number, in a register of its own. What follows from a thread's index the compiler would find anew wherever it is
+// needed, to have the register for something else: a tenth of a kernel's instructions, where registers are short.
+__device__ __forceinline__ int settled(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // SIZE bytes, 4, 8 or 16, into shared memory, or zeros; it goes its own way until `await_copies`.
 template <int SIZE> __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),

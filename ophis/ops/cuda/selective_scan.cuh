@@ -59,5 +59,5 @@ __device__ __forceinline__ int sequence_at(const Params& p, i64 position) {
 
 __device__ __forceinline__ float step_of(float dt, float bias) {
   if (HAS_BIAS) dt += bias;
-  return SOFTPLUS ? softplus(dt) : dt;
+  return SOFTPLUS ? softplus<DT_KIND != FLOAT32>(dt) : dt;
 }

@@ -1,10 +1,10 @@
 // The selective scan, forward, for n up to 16 where channels are few: 16 channels a block, whose warps run through time
 // in a relay. Eight positions are a leg, and RUNNERS warps take the legs in turn.
 //
-// A runner takes its leg from a state of zeros, and keeps the products of the decays so far, while those before it do
-// the same. When it is handed the state that really comes in, it hands on the one that leaves, one multiplication and
-// addition later, and adds to its outputs what that state gives, times those products. So all exponentials are taken
-// once, by as many warps as there is room for, and in sequence there is one short step a leg.
+// A runner takes its leg from a state of zeros, and keeps the decays, while those before it do the same. When it is handed
+// the state that really comes in, it hands on the one that leaves, one multiplication by the decay of the whole leg and
+// addition later, and adds to its outputs what that state gives, decaying from position to position. So all exponentials
+// but one a leg are taken once, by as many warps as there is room for, and in sequence there is one short step a leg.
 //
 // A thread holds two neighbouring channels with four states each; as preparer of a leg, four channels at one position.
 // Sums over the states go through the tensor cores, as products of the states with C.
@@ -72,7 +72,7 @@ struct Outputs {
   }
 
   // Position T: the columns of the product are all C of the leg, one of which is T's.
-  template <int T, bool FIRST> __device__ __forceinline__ void add(const float (&h)[2][4]) {
+  template <int T, bool FIRST> __device__ __forceinline__ void add(const float (&h)[2][4], int quarter) {
     float sums[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int s = 0; s < 4; s += 2) {
@@ -88,8 +88,8 @@ struct Outputs {
         multiply_tf32(sums, a, C[s], C[s + 1]);
       }
     }
-    // Column 2 k is position k, column 2 k + 1 position k + 4; a thread has the columns 2 k and 2 k + 1 for k = thread % 4.
-    const bool mine = threadIdx.x % 4 == T % 4;
+    // Column 2 k is position k, column 2 k + 1 position k + 4; a thread has the columns 2 k and 2 k + 1 for its quarter k.
+    const bool mine = quarter == T % 4;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       if (FIRST) y[T / 4][c] = mine ? sums[2 * c + T / 4] : T % 4 == 0 ? 0.f : y[T / 4][c];
@@ -97,6 +97,13 @@ struct Outputs {
     }
   }
 };
+
+template <bool FIRST, class A, class B> struct Choice { using type = A; };
+template <class A, class B> struct Choice<false, A, B> { using type = B; };
+
+template <class T, class Bytes> __device__ __forceinline__ T* further(T* from, Bytes bytes) {
+  return (T*)((const char*)from + bytes);
+}
 
 template <int I> struct Index { static constexpr int value = I; };
 
@@ -120,7 +127,7 @@ __device__ __forceinline__ void get_states(const float4 (&from)[2][32], int thre
 extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int runner = of_warp(threadIdx.x / 32), thread = threadIdx.x % 32;
+  const int runner = of_warp(threadIdx.x / 32), thread = settled(threadIdx.x % 32);
   Runner& m = shared.runners[runner];
 
   const i64 teams = (p.channels + CHANNELS - 1) / CHANNELS;
@@ -189,21 +196,29 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
   if (thread == 0) create_signal(&m.given), signal(&m.given);
   __syncwarp();
   const int first = runner * LEG;
-  const i64 t0 = first + item_step;
-  const X* x_ahead = (const X*)p.x + (b * p.sx.b + c * p.sx.d + t0 * p.sx.l);
-  const DT* dt_ahead = (const DT*)p.dt + (b * p.sdt.b + c * p.sdt.d + t0 * p.sdt.l);
-  const Z* z_ahead = (const Z*)p.z + (b * p.sz.b + c * p.sz.d + t0 * p.sz.l);
-  const BC* B_ahead = (const BC*)p.B + (b * p.sB.b + group * p.sB.d + item_channel + t0 * p.sB.l);
-  const BC* C_ahead = (const BC*)p.C + (b * p.sC.b + group * p.sC.d + item_channel + t0 * p.sC.l);
-  X* y = (X*)p.y + ((b * p.length + t0) * p.channels + c);
+  // Where this thread's numbers of a leg lie: a place that all threads of the warp have in common, and bytes from there on,
+  // which 32 bits can count where channels are neighbours.
+  using Bytes = Choice<WHOLE, unsigned, i64>::type;
+  auto bytes_to = [&](const Strides& strides, i64 apart, int size) {
+    return (Bytes)((item_step * strides.l + item_channel * apart) * size);
+  };
+  const Bytes to_x = bytes_to(p.sx, p.sx.d, sizeof(X)), to_dt = bytes_to(p.sdt, p.sdt.d, sizeof(DT));
+  const Bytes to_z = bytes_to(p.sz, p.sz.d, sizeof(Z)), to_y = (Bytes)((item_step * p.channels + item_channel) * sizeof(X));
+  const Bytes to_B = bytes_to(p.sB, 1, sizeof(BC)), to_C = bytes_to(p.sC, 1, sizeof(BC));
+  const X* x_ahead = (const X*)p.x + (b * p.sx.b + first_channel * p.sx.d + first * p.sx.l);
+  const DT* dt_ahead = (const DT*)p.dt + (b * p.sdt.b + first_channel * p.sdt.d + first * p.sdt.l);
+  const Z* z_ahead = (const Z*)p.z + (b * p.sz.b + first_channel * p.sz.d + first * p.sz.l);
+  const BC* B_ahead = (const BC*)p.B + (b * p.sB.b + group * p.sB.d + first * p.sB.l);
+  const BC* C_ahead = (const BC*)p.C + (b * p.sC.b + group * p.sC.d + first * p.sC.l);
+  X* y = (X*)p.y + ((b * p.length + first) * p.channels + first_channel);
   auto send_for = [&](int at, Coming& to) {
     const bool there = at + item_step < length;
     const int count = there ? within : 0, states = there ? states_within : 0;
-    copy4<X_KIND, WHOLE>(&to.x[thread], x_ahead, p.sx.d, count);
-    copy4<DT_KIND, WHOLE>(&to.dt[thread], dt_ahead, p.sdt.d, count);
-    if (HAS_Z) copy4<Z_KIND, WHOLE>(&to.z[thread], z_ahead, p.sz.d, count);
-    copy4<BC_KIND, WHOLE>(&to.B[thread], B_ahead, 1, states);
-    copy4<BC_KIND, WHOLE>(&to.C[thread], C_ahead, 1, states);
+    copy4<X_KIND, WHOLE>(&to.x[thread], further(x_ahead, to_x), p.sx.d, count);
+    copy4<DT_KIND, WHOLE>(&to.dt[thread], further(dt_ahead, to_dt), p.sdt.d, count);
+    if (HAS_Z) copy4<Z_KIND, WHOLE>(&to.z[thread], further(z_ahead, to_z), p.sz.d, count);
+    copy4<BC_KIND, WHOLE>(&to.B[thread], further(B_ahead, to_B), 1, states);
+    copy4<BC_KIND, WHOLE>(&to.C[thread], further(C_ahead, to_C), 1, states);
     x_ahead += TURN * p.sx.l, dt_ahead += TURN * p.sdt.l;
     if (HAS_Z) z_ahead += TURN * p.sz.l;
     B_ahead += TURN * p.sB.l, C_ahead += TURN * p.sC.l;
@@ -244,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
       sum[k] = HAS_D ? fmaf(MADE_UP, sum[k], skip[k] * input[k]) : MADE_UP * sum[k];
       if (HAS_Z) sum[k] *= gate[k] * sigmoid(gate[k]);
     }
-    put4<X_KIND>(y, 0, sum, y_whole, at + item_step < length ? within : 0);
+    put4<X_KIND>(further(y, to_y), 0, sum, y_whole, at + item_step < length ? within : 0);
     y += TURN * p.channels;
   };
 
@@ -264,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
   for (int leg = runner; leg < legs; leg += RUNNERS, stage ^= 1) {
     const int at = leg * LEG;
     const unsigned starts = PACKED ? starts_in(at) : 0;
-    float products[LEG][2][4];  // of the decays so far
+    float decays[LEG][2][4], steps[2] = {};
     Outputs out;
     out.begin(m.coming[stage].C[thread]);
 #pragma unroll
@@ -283,11 +298,11 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const float decay = exp2_fast(dt[c] * rates[c][s]);
-          h[c][s] = fmaf(decay, h[c][s], u[c] * B[s]);
-          products[t][c][s] = t == 0 ? decay : decay * products[t > 0 ? t - 1 : 0][c][s];
+          decays[t][c][s] = exp2_fast(dt[c] * rates[c][s]);
+          h[c][s] = fmaf(decays[t][c][s], h[c][s], u[c] * B[s]);
         }
-      out.template add<t, true>(h);
+      steps[0] += dt[0], steps[1] += dt[1];
+      out.template add<t, true>(h, quarter);
     };
     if (PACKED && starts) each_position([&](auto position) { run(Index<1>(), position); });
     else each_position([&](auto position) { run(Index<0>(), position); });
@@ -295,10 +310,15 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
     await_copies();
     prepare(at + TURN, m.coming[stage ^ 1]);
 
-    // What others wait for comes first. The compiler would put off the products until after the barrier, and begin with
-    // the outputs before it hands on the state; but it stores what it is told to, and moves nothing across a loop, such
-    // as the one in which a signal is waited for, and be it one given long ago.
-    put_states(m.left, thread, products[LEG - 1]);
+    // What others wait for comes first. The compiler would put off the decay of the leg until after the barrier, and begin
+    // with the outputs before it hands on the state; but it stores what it is told to, and moves nothing across a loop,
+    // such as the one in which a signal is waited for, and be it one given long ago.
+    float through[2][4];
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int s = 0; s < 4; ++s) through[c][s] = exp2_fast(steps[c] * rates[c][s]);
+    put_states(m.left, thread, through);
     await_signal(&m.given, 0);
     if (leg > 0) await_barrier(runner, 64);
     float incoming[2][4];
@@ -307,28 +327,21 @@ extern "C" __global__ void __launch_bounds__(32 * RUNNERS, 1) relay(const __grid
     for (int c = 0; c < 2; ++c)
 #pragma unroll
       for (int s = 0; s < 4; ++s)
-        if (!PACKED || !starts) h[c][s] = fmaf(products[LEG - 1][c][s], incoming[c][s], h[c][s]);
+        if (!PACKED || !starts) h[c][s] = fmaf(through[c][s], incoming[c][s], h[c][s]);
     if (leg + 1 < legs) hand_to(runner + 1 < RUNNERS ? runner + 1 : 0);
     await_signal(&m.given, 0);
 
     keep(incoming, at);
     auto correct = [&](auto has_starts, auto position) {
       constexpr int t = position.value;
-      const unsigned so_far = has_starts.value ? starts & ((2u << t) - 1) : 0;  // once a sequence has started, nothing comes through
-      if (so_far == 1u << t && at + t > 0) {  // what the first sequence to end here lacks
-        float before[2][4];
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int s = 0; s < 4; ++s) before[c][s] = incoming[c][s] * (t ? products[t > 0 ? t - 1 : 0][c][s] : 1.f);
-        store(p.final_state, before, sequence_at(p, at + t - 1), p.states, true);
-      }
-      float rest[2][4];
+      const bool starts_here = has_starts.value && starts >> t & 1;
+      if (starts_here && !(starts & ((1u << t) - 1)) && at + t > 0)  // what the first sequence to end here lacks
+        store(p.final_state, incoming, sequence_at(p, at + t - 1), p.states, true);
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) rest[c][s] = so_far ? 0.f : incoming[c][s] * products[t][c][s];
-      out.template add<t, false>(rest);
+        for (int s = 0; s < 4; ++s) incoming[c][s] = starts_here ? 0.f : incoming[c][s] * decays[t][c][s];
+      out.template add<t, false>(incoming, quarter);
     };
     if (PACKED && starts) each_position([&](auto position) { correct(Index<1>(), position); });
     else each_position([&](auto position) { correct(Index<0>(), position); });

@@ -269,7 +269,7 @@ template <bool LATER> __device__ __forceinline__ void of_inputs(const Params& p,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* u = d_u + 8 * k + 2 * i;
-        of_skip += dot(x[k][i], dy[i]);
+        if (!LATER) of_skip += dot(x[k][i], dy[i]);
         float low = u[0] * step[i % 2], high = u[1] * step[i % 2];
         if (LATER) low += low_half(before[i]), high += high_half(before[i]);
         a[i] = to_bfloats(fmaf(skip, low_half(dy[i]), low), fmaf(skip, high_half(dy[i]), high));
