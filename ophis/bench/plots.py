@@ -14,6 +14,7 @@ DIRECTIONS = ("forward", "forward + backward")
 COLOURS = {"cuda": "#0072B2", "triton": "#009E73", "torch": "#E69F00", "ophis": "#0072B2"}
 OF_OTHERS = ("#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#000000", "#A6761D")
 FEWEST = 3  # lengths that make a line
+LEGEND_COLUMNS = 4  # that fit under a figure, with names as long as attention's
 
 
 def draw(table: Path) -> list[Path]:
@@ -92,6 +93,7 @@ def _states(rows: list[Row], path: Path) -> Path:
         axes.plot(*_points(of_direction, "floor_ms", along="n"), color="black", linestyle="--")
         axes.set(yscale="log", ylabel="milliseconds", xlabel="state size n", title=direction)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
     _finish(figure, rows, sides, linestyle="--")
     figure.savefig(path)
@@ -147,6 +149,7 @@ def _finish(figure: Any, rows: list[Row], sides: Sequence[str], **floor: Any) ->
 
     handles = [Line2D([], [], color=_colour(side, sides), linewidth=4, label=side) for side in sides]
     mark = Line2D([], [], color="black", label="floor: bytes, exponentials or matrix products", **floor)
-    figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=len(handles) + 1, frameon=False)
+    columns = min(len(handles) + 1, LEGEND_COLUMNS)
+    figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=columns, frameon=False)
     row = rows[0]
     figure.suptitle(f"{row['op']} on {row['machine']}, PyTorch {row['torch']}, {row['date']}", fontsize=10)
