@@ -92,9 +92,12 @@ class RunFolder:
         return self.checkpoint(steps[-1]) if steps else None
 
     def publish(self, written: Path, step: int, keep: int) -> None:
-        """A checkpoint that is written becomes the last one, and its weights the folder's; all but `keep` go."""
+        """A checkpoint that is written becomes the last one, and its weights the folder's; all but `keep` go.
+
+        The weights first: where there is a checkpoint, the folder loads.
+        """
+        self._show(written)
         rename_whole(written, self.checkpoint(step))
-        self._show(self.checkpoint(step))
         for old in self.steps_saved()[:-keep]:
             remove_whole(self.checkpoint(old))
 
