@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 
 from ophis.integrations.transformers import accelerate_transformers
+from ophis.models.state import CACHE
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-NEWEST = (5, 23)  # of the versions whose sources are known
+NEWEST = (5, 24)  # of the versions whose sources are known
 VOCABULARY = 96
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
@@ -101,11 +102,12 @@ def attends(model: Any) -> bool:
 
 def cached(model: Any, cache: Any) -> dict[str, Any]:
     """The cache as the argument that the model takes."""
-    return {"past_key_values" if attends(model) else "cache_params": cache} if cache is not None else {}
+    name = "cache" if CACHE == "cache" else "past_key_values" if attends(model) else "cache_params"
+    return {name: cache} if cache is not None else {}
 
 
 def cache_of(output: Any) -> Any:
-    return output.past_key_values if "past_key_values" in output else output.cache_params
+    return next(output[name] for name in ("cache", "past_key_values", "cache_params") if name in output)
 
 
 def plainly(model: Any, ids: Tensor) -> Tensor:

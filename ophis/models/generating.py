@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from ophis.models.state import ModelState, fingerprint
+from ophis.models.state import CACHE, ModelState, fingerprint
 
 
 class StatefulGeneration(GenerationMixin):
@@ -19,11 +19,20 @@ class StatefulGeneration(GenerationMixin):
     drops tokens where only the new ones are given, and takes the logits of padding where it is on the right.
     """
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override] (all of transformers' arguments)
+        """transformers' own. A state to go on from is `past_key_values` or `cache`, whichever its version calls it."""
+        for name in ("past_key_values", "cache"):
+            if name != CACHE and name in kwargs:
+                if kwargs.get(CACHE) is not None:
+                    raise ValueError("LanguageModel: past_key_values and cache are one thing; give one of them")
+                kwargs[CACHE] = kwargs.pop(name)
+        return super().generate(*args, **kwargs)  # type: ignore[misc] (of a model)
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """From an empty `ModelState`, or from the one given."""
-        state = model_kwargs.get("past_key_values")
+        state = model_kwargs.get(CACHE)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"LanguageModel: cache_implementation={generation_config.cache_implementation!r} is for attention "
@@ -34,7 +43,7 @@ class StatefulGeneration(GenerationMixin):
         if not generation_config.use_cache and state is not None:
             raise ValueError("LanguageModel: use_cache=False, but a state to go on from is given as past_key_values")
         if generation_config.use_cache:
-            model_kwargs["past_key_values"] = ModelState.of(state)
+            model_kwargs[CACHE] = ModelState.of(state)
 
     def _prefill(
         self,
@@ -45,7 +54,7 @@ class StatefulGeneration(GenerationMixin):
     ) -> Any:
         """Reads what the state has not read yet, in pieces of `prefill_chunk_size` where there is one."""
         given = dict(model_kwargs)
-        state, mask, embedded = (given.pop(k, None) for k in ("past_key_values", "attention_mask", "inputs_embeds"))
+        state, mask, embedded = (given.pop(k, None) for k in (CACHE, "attention_mask", "inputs_embeds"))
         text = input_ids if embedded is None else embedded
         if state is not None and state.layers is not None:
             state = _of_rows(state, len(text), generation_config)
@@ -65,24 +74,23 @@ class StatefulGeneration(GenerationMixin):
             read += piece.shape[1]
             inputs = self.prepare_inputs_for_generation(
                 input_ids if embedded is not None else piece,
-                past_key_values=state,
                 attention_mask=None if mask is None else mask[:, :read],
                 inputs_embeds=None if embedded is None else piece,
                 is_first_iteration=is_first_iteration,
+                **{CACHE: state},
                 **given,
             )
             outputs = self(**inputs, return_dict=True)  # type: ignore[operator] (the model that this is a part of)
-            state = outputs.past_key_values
+            state = outputs.get(CACHE)
         if text is not given_text and state is not None and state.fingerprint is not None:
             # Of the tokens where they were given, which is how they come again with the state.
-            outputs.past_key_values = replace(state, fingerprint=fingerprint(given_text, before))
+            outputs[CACHE] = replace(state, fingerprint=fingerprint(given_text, before))
         return outputs
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: ModelState | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -94,7 +102,6 @@ class StatefulGeneration(GenerationMixin):
         return super().prepare_inputs_for_generation(  # type: ignore[misc] (as above)
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,  # type: ignore[arg-type]
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

@@ -19,7 +19,7 @@ from ophis.models.config import LanguageModelConfig
 from ophis.models.generating import StatefulGeneration
 from ophis.models.official_format import NAMES
 from ophis.models.packing import Packing
-from ophis.models.state import ModelState, fingerprint
+from ophis.models.state import CACHE, ModelState, fingerprint
 
 
 class LanguageModelBase(PreTrainedModel):
@@ -32,7 +32,7 @@ class LanguageModelBase(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' protocol)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (each layer's state is where the layer is)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (each layer's state is where the layer is)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -93,6 +93,7 @@ class LanguageBackbone(LanguageModelBase):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: ModelState | None = None,
+        cache: ModelState | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         packing: Packing | None = None,
@@ -104,7 +105,7 @@ class LanguageBackbone(LanguageModelBase):
             input_ids: (b, l) integers; or inputs_embeds: (b, l, hidden_size).
             attention_mask: (b, l), or (b, past + l), zero at padding. A padded batch runs as packed sequences, so
                 padding, on either side, is neither computed nor seen.
-            past_key_values: the state to go on from.
+            past_key_values: the state to go on from; or cache, as newer transformers call it.
             use_cache: whether the state is returned; by default as configured, outside training.
             output_hidden_states: also return every block's input, and the final output.
             packing: mask and arguments as `Packing.of` reads them, for callers that need them read themselves.
@@ -112,7 +113,7 @@ class LanguageBackbone(LanguageModelBase):
                 transformers' collators (`PackingArguments`); states then have one row a sequence.
         """
         shape = batch_shape(input_ids, inputs_embeds)
-        past = ModelState.of(past_key_values)
+        past = ModelState.of(past_key_values if cache is None else cache)
         if packing is None:
             packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -136,11 +137,8 @@ class LanguageBackbone(LanguageModelBase):
             if input_ids is not None and (past.fingerprint is not None or not past.length):
                 known = fingerprint(input_ids, past.fingerprint)
             after = ModelState(states, past.length + shape[1], known)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=after,  # type: ignore[arg-type]
-            hidden_states=hidden,
-        )
+        state: dict[str, Any] = {CACHE: after}
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **state)
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         assert input_ids is not None
@@ -182,6 +180,7 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: ModelState | None = None,
+        cache: ModelState | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -199,7 +198,8 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
                 where a step's batch comes in parts.
             The others: as for `LanguageBackbone.forward`.
         """
-        shape, past = batch_shape(input_ids, inputs_embeds), ModelState.of(past_key_values)
+        shape = batch_shape(input_ids, inputs_embeds)
+        past = ModelState.of(past_key_values if cache is None else cache)
         packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         outputs = self.backbone(
             input_ids=input_ids,
@@ -223,8 +223,8 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls it: `cache` from 5.24 on, `past_key_values` before. Our own calls take both names.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 _MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator; sums are modulo 2^64, as int64 wraps
 
@@ -17,7 +21,7 @@ class ModelState:
     """What the layers remember, one entry each, after `length` positions (padding counted).
 
     A value: a call never changes the state it is given, so a state that was kept is a snapshot to return to, and two
-    continuations may start from one state. It is what transformers' `generate` carries as `past_key_values`.
+    continuations may start from one state. `generate` of transformers carries it, as `past_key_values` or `cache`.
 
     `generate` is given the whole text, of which the state has read the beginning, as with any cache of transformers;
     `as_prefix` is for giving it only what follows.

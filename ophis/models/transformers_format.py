@@ -117,7 +117,7 @@ def fields_to_transformers(config: LanguageModelConfig) -> dict[str, Any]:
         "architectures": [kind.name + ARCHITECTURES.get((config.architectures or ["LanguageModel"])[0], "ForCausalLM")],
         "intermediate_size": inner,  # mlx-lm's Mamba-2 asks for it
         "hidden_act": "silu",
-        "rescale_prenorm_residual": False,  # set, transformers (5.15 to 5.23) scales out_proj down as it loads it
+        "rescale_prenorm_residual": False,  # set, transformers (5.15 to 5.24) scales out_proj down as it loads it
         "transformers_version": __version__,
     }
     if config.vocab_size % config.pad_vocab_size_multiple:  # the embedding was resized

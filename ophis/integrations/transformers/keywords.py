@@ -19,26 +19,27 @@ def passing_on(original: Callable[..., Any], callee: str) -> Callable[..., Any]:
 
     Args:
         original: the function.
-        callee: as it is written there, such as "self.mixer", or "self.mixer(cache_params)" for the one of several calls
-            that is given this keyword.
+        callee: as it is written there, such as "self.mixer", or "self.mixer(cache_params|cache)" for the one of several
+            calls that is given one of these keywords.
     """
     definition, first = definition_of(original)
     *_, function = wrappings(original)
-    name, _, keyword = callee.removesuffix(")").partition("(")
+    name, _, alternatives = callee.removesuffix(")").partition("(")
+    keywords = set(filter(None, alternatives.split("|")))
     calls = [
         node
         for node in ast.walk(definition)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) == name
-        and (not keyword or any(k.arg == keyword for k in node.keywords))
+        and (not keywords or keywords & {k.arg for k in node.keywords})
     ]
+    if calls and all(any(k.arg is None for k in call.keywords) for call in calls):
+        return original
     if len(calls) != 1:
         raise UnfamiliarError(f"{original.__qualname__} calls {callee} {len(calls)} times, expected once")
     if definition.args.kwarg is None or function.__code__.co_freevars:
         raise UnfamiliarError(f"{original.__qualname__} takes no **kwargs, or needs more than its module to run")
     (call,) = calls
-    if any(k.arg is None for k in call.keywords):
-        return original
     call.keywords.append(ast.keyword(arg=None, value=ast.Name(definition.args.kwarg.arg, ast.Load())))
     # What it did to the original's docstring is copied below.
     definition.decorator_list = [d for d in definition.decorator_list if ast.unparse(d) != "auto_docstring"]

@@ -40,16 +40,17 @@ def standing_in(block: Block, *used_raw: str) -> Callable[[Callable[..., Tensor]
         @force_accelerate_hooks(list(used_raw))
         @functools.wraps(original)
         def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+            cache = kwargs.pop("cache", cache_params)  # as 5.24 calls it
             if attention_mask is not None and is_tracing(hidden_states):
                 # How much of it is real cannot be known here. The original, on our functions, needs not know.
-                return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+                return original(self, hidden_states, cache, attention_mask, **kwargs)
             sequences = Sequences.of(hidden_states, attention_mask, kwargs.get("seq_idx"))
             if sequences is None:
-                return block(self, hidden_states, States(self, cache_params, hidden_states, None))
+                return block(self, hidden_states, States(self, cache, hidden_states, None))
             inputs = sequences.pack(hidden_states)
             if inputs.shape[1] == 0:  # nothing but padding
                 return torch.zeros_like(hidden_states)
-            return sequences.unpack(block(self, inputs, States(self, cache_params, inputs, sequences)))
+            return sequences.unpack(block(self, inputs, States(self, cache, inputs, sequences)))
 
         return forward
 

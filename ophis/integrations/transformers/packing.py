@@ -38,7 +38,7 @@ def packed(model: Any, call: dict[str, Any], attends: bool) -> dict[str, Any]:
     inputs = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     if inputs is None:
         return call
-    seq_idx, cache = sequence_indices(call, *inputs.shape[:2]), call.get("past_key_values")
+    seq_idx, cache = sequence_indices(call, *inputs.shape[:2]), cache_of(call)
     if seq_idx is None:
         if attends and cache is not None and call.get("position_ids") is None:
             positions = torch.arange(inputs.shape[1], device=inputs.device) + cache.get_seq_length()
@@ -50,7 +50,7 @@ def packed(model: Any, call: dict[str, Any], attends: bool) -> dict[str, Any]:
     mask = call.get("attention_mask")
     if cache is not None:
         raise ValueError(
-            f"{type(model).__name__}: packed sequences beside past_key_values: its attention layers cannot tell which "
+            f"{type(model).__name__}: packed sequences beside a cache: its attention layers cannot tell which "
             "of them the cached ones belong to; pass either"
         )
     if isinstance(mask, Tensor) and not bool((mask != 0).all()):
@@ -63,13 +63,8 @@ def packed(model: Any, call: dict[str, Any], attends: bool) -> dict[str, Any]:
     if "flash" in str(model.config._attn_implementation) and call.get("cu_seq_lens_q") is None and len(seq_idx) == 1:
         call.update(offsets_of(call["position_ids"][0]))  # which needs no mask, and not every model tells it positions
     like = model.get_input_embeddings().weight
-    causal = create_causal_mask(
-        config=model.config,
-        inputs_embeds=like.new_empty(*inputs.shape[:2], 0),  # of which the mask takes the shape, dtype and device
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=call["position_ids"],
-    )
+    shape = like.new_empty(*inputs.shape[:2], 0)  # the mask takes nothing else of it but dtype and device
+    causal = create_causal_mask(model.config, shape, None, None, position_ids=call["position_ids"])
     call["attention_mask"] = {"full_attention": causal, "linear_attention": None}
     return call
 
@@ -85,13 +80,18 @@ def sequence_indices(call: dict[str, Any], b: int, l: int) -> Tensor | None:
         places = torch.arange(l, device=offsets.device)
         return torch.searchsorted(offsets[1:].contiguous(), places, right=True).int()[None]
     # Positions also restart where a batch is padded, and go on where there is a cache.
-    cached = call.get("past_key_values") is not None or call.get("cache_params") is not None
-    if positions is None or positions.ndim != 2 or cached or isinstance(mask, dict):
+    if positions is None or positions.ndim != 2 or cache_of(call) is not None or isinstance(mask, dict):
         return None
     if mask is not None and not bool((mask != 0).all()):
         return None
     begins = F.pad(positions.diff(dim=1) != 1, (1, 0))
     return begins.cumsum(1).int().expand(b, l) if bool(begins.any()) else None
+
+
+def cache_of(call: dict[str, Any]) -> Any:
+    """By the name that some version of transformers has for it."""
+    caches = (call.get(name) for name in ("cache", "past_key_values", "cache_params"))
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def offsets_of(positions: Tensor) -> dict[str, Any]:
