@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 
 import ophis
 from ophis.cli import evaluate, main
-from ophis.evaluation import TextScore, check_vocabulary, score_text, tokenizer_of
+from ophis.evaluation import TextScore, score_text, tokenizer_of
 from ophis.evaluation import perplexity as module
+from ophis.generation.text import check_vocabulary
 from ophis.training import byte_tokenizer
 
 TEXT = "Größer als 9 € — the quick brown fox.\n" * 7
@@ -125,7 +126,9 @@ def test_mistakes(loaded):
         with pytest.raises(ValueError, match=message):
             score_text(model, tokenizer, **options)
     tokenizer.add_tokens(["one more"])
-    with pytest.raises(ValueError, match="the tokenizer has 258 tokens, the model 257: it is not the tokenizer of"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has 258 tokens, the model 257 rows for them; it is another model"
+    ):
         check_vocabulary(model, tokenizer)
     with pytest.raises(ValueError, match="the tokenizer has 258 tokens"):
         score_text(model, tokenizer, "a")
@@ -246,7 +249,7 @@ def test_evaluate_mistakes(folder, capsys, tmp_path):
     larger = byte_tokenizer()
     larger.add_tokens(["fox"])
     larger.save_pretrained(tmp_path / "larger")
-    assert "it is not the tokenizer of this model" in error(model, "--text", "fox.txt", "--tokenizer", "larger")
+    assert "it is another model's" in error(model, "--text", "fox.txt", "--tokenizer", "larger")
 
 
 def test_evaluate_without_its_extra(folder, capsys, monkeypatch):

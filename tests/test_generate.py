@@ -208,6 +208,19 @@ def test_hidden_states_scores_and_logits_of_each_step(hybrid):
     torch.testing.assert_close(torch.stack(output.logits, 1).double(), whole[:, 5:], rtol=1e-5, atol=1e-6)
 
 
+def test_a_state_under_either_name(hybrid):
+    """transformers' before 5.24 and since."""
+    document = tokens(1, 30)
+    state = hybrid(document[:, :20]).past_key_values
+    expected = hybrid.generate(document, past_key_values=state, **GREEDY)
+    assert torch.equal(hybrid.generate(document, cache=state, past_key_values=None, **GREEDY), expected)
+    ends = [hybrid(document[:, 20:], **{name: state}).logits for name in ("past_key_values", "cache")]
+    assert torch.equal(*ends)
+    for call in (hybrid, hybrid.generate, hybrid.backbone):
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of the state"):
+            call(document, past_key_values=state, cache=state)
+
+
 def test_a_state_of_other_text_is_refused(hybrid):
     document = tokens(1, 30)
     state = hybrid(document[:, :20]).past_key_values

@@ -7,7 +7,7 @@
 lm-eval the model "ophis".
 """
 
-from ophis.evaluation.loading import check_vocabulary, device_of, dtype_of, tokenizer_of
+from ophis.evaluation.loading import device_of, dtype_of, tokenizer_of
 from ophis.evaluation.perplexity import TextScore, score_text
 
-__all__ = ["TextScore", "check_vocabulary", "device_of", "dtype_of", "score_text", "tokenizer_of"]
+__all__ = ["TextScore", "device_of", "dtype_of", "score_text", "tokenizer_of"]

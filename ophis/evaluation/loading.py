@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ophis.generation import load_tokenizer
-from ophis.models import LanguageModel
 
 
 def tokenizer_of(model: str | Path, name: str | Path | None = None) -> PreTrainedTokenizerFast:
@@ -29,15 +28,6 @@ def tokenizer_of(model: str | Path, name: str | Path | None = None) -> PreTraine
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer {source}: {str(error).strip().splitlines()[0]}") from error
-
-
-def check_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ValueError where the tokenizer has more tokens than the model: it is another model's."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: it is not the tokenizer "
-            "of this model"
-        )
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:

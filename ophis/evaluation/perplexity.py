@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ophis.evaluation.loading import check_vocabulary
+from ophis.generation.text import check_vocabulary
 from ophis.models import LanguageModel
+from ophis.models.state import CACHE
 
 CHUNK = 1024  # positions a call: the logits of so many, of a vocabulary of 50288 in float32, are 200 MB
 
@@ -110,7 +111,7 @@ def carried(model: LanguageModel, ids: Tensor) -> Iterator[Tensor]:
     for start in range(0, len(ids) - 1, CHUNK):
         part = ids[start : start + CHUNK + 1]
         output = model(part[None, :-1], past_key_values=state, use_cache=True)
-        state = output.past_key_values
+        state = output[CACHE]
         yield surprise(output.logits[0], part[1:])
 
 

@@ -21,11 +21,10 @@ class StatefulGeneration(GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override] (all of transformers' arguments)
         """transformers' own. A state to go on from is `past_key_values` or `cache`, whichever its version calls it."""
-        for name in ("past_key_values", "cache"):
-            if name != CACHE and name in kwargs:
-                if kwargs.get(CACHE) is not None:
-                    raise ValueError("LanguageModel: past_key_values and cache are one thing; give one of them")
-                kwargs[CACHE] = kwargs.pop(name)
+        names = kwargs.keys() & {"past_key_values", "cache"}
+        given = [state for name in names if (state := kwargs.pop(name)) is not None]
+        if given:
+            kwargs[CACHE] = ModelState.of(*given)
         return super().generate(*args, **kwargs)  # type: ignore[misc] (of a model)
 
     def _prepare_cache_for_generation(

@@ -113,7 +113,7 @@ class LanguageBackbone(LanguageModelBase):
                 transformers' collators (`PackingArguments`); states then have one row a sequence.
         """
         shape = batch_shape(input_ids, inputs_embeds)
-        past = ModelState.of(past_key_values if cache is None else cache)
+        past = ModelState.of(past_key_values, cache)
         if packing is None:
             packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -198,8 +198,7 @@ class LanguageModel(LanguageModelBase, StatefulGeneration, GenerationMixin):  # 
                 where a step's batch comes in parts.
             The others: as for `LanguageBackbone.forward`.
         """
-        shape = batch_shape(input_ids, inputs_embeds)
-        past = ModelState.of(past_key_values if cache is None else cache)
+        shape, past = batch_shape(input_ids, inputs_embeds), ModelState.of(past_key_values, cache)
         packing = Packing.of(*shape, attention_mask, arguments, continued=past.layers is not None)
         outputs = self.backbone(
             input_ids=input_ids,

@@ -32,14 +32,22 @@ class ModelState:
     fingerprint: Tensor | None = None  # (b,) int64, of the token ids read; None where they are not known
 
     @classmethod
-    def of(cls, past: Any) -> ModelState:
-        """The state that a call is given to go on from; the empty one for None. Another cache is a TypeError."""
-        if past is not None and not isinstance(past, cls):
+    def of(cls, past: Any, cache: Any = None) -> ModelState:
+        """The state that a call is given to go on from, under either name; the empty one for None.
+
+        Raises:
+            TypeError: it is another model's cache.
+            ValueError: there is one under each name.
+        """
+        if past is not None and cache is not None:
+            raise ValueError("LanguageModel: past_key_values and cache are two names of the state; give it under one")
+        given = past if cache is None else cache
+        if given is not None and not isinstance(given, cls):
             raise TypeError(
-                f"LanguageModel: past_key_values is a {type(past).__name__}, expected the ModelState of an earlier "
+                f"LanguageModel: past_key_values is a {type(given).__name__}, expected the ModelState of an earlier "
                 "call; leave it out to begin anew"
             )
-        return cls() if past is None else past
+        return cls() if given is None else given
 
     # The part of transformers' cache protocol that `generate` calls.
     is_compileable = False
