@@ -28,7 +28,7 @@ SIZES = (64, 128, 256)  # n
 SLICE = 128  # states that the backward kernels take at once: outputs, and so all gradients, are sums over states
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD_BLOCKS, STATES_BLOCKS = 1, 2  # on a multiprocessor: rows are cut into segments to have so many
-MOST_SUMMED = 16  # segments whose ends each later one adds up itself, 1 us or less for eight of them
+MOST_SUMMED = 16  # ends of segments that each later one adds up itself; of more another kernel makes sums
 BACKWARD_BLOCKS = 4  # likewise, where the heads of a group are shared out; these wait for each other
 
 
@@ -149,7 +149,7 @@ class Segments(NamedTuple):
 
     @property
     def ends(self) -> int:
-        """How many are followed by one that a block begins with, or by others before that."""
+        """How many come before the last block's: what they leave, others are entered with."""
         return (self.blocks - 1) * self.taken
 
     @property
