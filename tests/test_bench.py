@@ -316,6 +316,23 @@ def test_language_models_take_turns(monkeypatch, capsys, side: str):
     assert f"written to {name}" in capsys.readouterr().out
 
 
+def test_some_shapes_alone_keep_the_rest_of_the_table(capsys):
+    def measure(*options: str) -> list[dict[str, str]]:
+        arguments = ["causal_conv", "--quick", "--device", "cpu", "--backend", "torch"]
+        assert main(["bench", *arguments, *options]) == 0
+        return table("causal_conv_cpu.csv")
+
+    first = measure()
+    cases = [row["case"] for row in first]
+    assert set(cases) == {"dense", "slice of 2 d"}
+    again = measure("--only", "dense")
+    assert [row["case"] for row in again] == cases
+    assert [row for row in again if row["case"] != "dense"] == [row for row in first if row["case"] != "dense"]
+    assert [row for row in again if row["case"] == "dense"] != [row for row in first if row["case"] == "dense"]
+    assert measure("--only", "no such shape") == again
+    assert "nothing was measured" in capsys.readouterr().out
+
+
 def test_plots_come_from_the_table_alone():
     Path("empty.csv").write_text("op,batch\n")
     assert plots.draw(Path("empty.csv")) == []

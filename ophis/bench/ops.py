@@ -65,6 +65,7 @@ def run(
     *,
     backends: Sequence[str] = (),
     quick: bool = False,
+    only: str = "",
     against: Sequence[dict[str, str]] = (),
 ) -> Iterator[dict[str, Any] | Note]:
     """The rows of an op's table as they are measured, and what else there is to tell.
@@ -74,6 +75,7 @@ def run(
         device: where.
         backends: by name; every one but the reference when empty.
         quick: tiny shapes, to see that it works.
+        only: shapes with this in what they are called, as "16 x 2048" or "n 128"; all of them when empty.
         against: rows of `read_against`, joined where sizes and dtype are the same.
     """
     limits = timing.limits(device, quick)
@@ -81,6 +83,8 @@ def run(
     yield from map(Note, missing)
     checked: dict[Any, str | None] = {}
     for shape in shapes.shapes_of(op, quick):
+        if only not in str(shape):
+            continue
         try:
             names = yield from _fit_to_time(shape, device, backends, checked)
             if names:
@@ -305,7 +309,8 @@ def _error_in_parts(actual: Tensor, expected: Tensor) -> float:
 # What others published
 
 
-KEYS = ("op", "case", "batch", "length", "d", "n", "w", "dtype", "direction")
+OF_SHAPE = ("op", "case", "batch", "length", "d", "n", "w", "dtype")
+KEYS = (*OF_SHAPE, "direction")
 
 
 def read_against(path: Path) -> list[dict[str, str]]:
@@ -316,6 +321,21 @@ def read_against(path: Path) -> list[dict[str, str]]:
     if absent := {*KEYS, "ms", "source"} - set(reader.fieldnames or ()):
         raise ValueError(f"{path}: no column {', '.join(sorted(absent))}")
     return rows
+
+
+def with_others(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:
+    """The rows, in place of those of the same shapes in a table that exists; all of another's columns is dropped."""
+    if not rows or not table.is_file():
+        return list(rows)
+    with table.open(newline="", encoding="utf-8") as file:
+        there = [row for row in csv.DictReader(file) if row.keys() == rows[0].keys()]
+    new = {_of_shape(row) for row in rows}
+    order = {key: i for i, key in enumerate(dict.fromkeys(map(_of_shape, [*there, *rows])))}
+    return sorted([*(row for row in there if _of_shape(row) not in new), *rows], key=lambda row: order[_of_shape(row)])
+
+
+def _of_shape(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in OF_SHAPE)
 
 
 def fastest(row: dict[str, Any], table: Sequence[dict[str, str]]) -> dict[str, str] | None:

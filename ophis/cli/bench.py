@@ -1,6 +1,7 @@
 """Measure this machine: operators by name, or else the 130M language models on the CPU.
 
 ophis bench selective_scan ssd    every backend that runs here, over the shapes of models
+ophis bench ssd --only "n 128"    some of the shapes
 ophis bench                       the language models, beside transformers'
 ophis bench --accelerated         transformers' models after ophis.accelerate_transformers(), beside before
 
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     operators.add_argument(
         "--against", type=Path, metavar="FILE", help="a CSV of others' times to compare with, where shapes are the same"
     )
+    operators.add_argument(
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="only shapes with this in their names, such as '16 x 2048' or 'n 128'; a table keeps its other rows",
+    )
     operators.add_argument("--quick", action="store_true", help="tiny shapes, in seconds, to see that it works")
     models = parser.add_argument_group("language models")
     models.add_argument("--model", action="append", metavar="NAME", help="mamba-130m or mamba2-130m; both if not given")
@@ -60,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path()
     if out.is_file() or out.suffix == ".csv":
         raise UserError(f"--out is {out}, expected a folder")
-    of_operators = [f"--{name}" for name in ("backend", "device", "against", "quick") if getattr(arguments, name)]
+    of_operators = [
+        f"--{name}" for name in ("backend", "device", "against", "only", "quick") if getattr(arguments, name)
+    ]
     of_models = [f"--{name}" for name in ("model", "work", "accelerated") if getattr(arguments, name)]
     if arguments.operators and of_models:
         raise UserError(f"{of_models[0]} is for the language models, which are measured where no operator is named")
@@ -97,14 +106,15 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
         print(f"{name} on {device}", flush=True)
         table = out / f"{name}_{device.type}.csv"
         rows: list[dict[str, Any]] = []
-        for item in ops.run(name, device, backends=arguments.backend or (), quick=arguments.quick, against=against):
+        options: dict[str, Any] = dict(backends=arguments.backend or (), quick=arguments.quick, only=arguments.only)
+        for item in ops.run(name, device, **options, against=against):
             if isinstance(item, ops.Note):
                 wrong = wrong or item.wrong
                 print(f"  {item.text}", flush=True)
                 continue
             rows.append(item)
             print(f"  {_line(item)}", flush=True)
-            write_csv(table, rows)
+            write_csv(table, ops.with_others(rows, table) if arguments.only else rows)
         if not rows:
             print("  nothing was measured")
         elif version("matplotlib") is None:
