@@ -13,9 +13,9 @@ FOLDER = Path(__file__).parent / "emulated_cuda"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-@pytest.mark.parametrize("op", ("selective_scan", "causal_conv", "ssd"))
-def test_kernels_thread_by_thread(op: str):
-    file = str(FOLDER / f"emulated_{op}.py")
+@pytest.mark.parametrize("of", ("numbers", "selective_scan", "causal_conv", "ssd"))
+def test_kernels_thread_by_thread(of: str):
+    file = str(FOLDER / f"emulated_{of}.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", file]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout[-20000:] + process.stderr[-2000:]

@@ -65,20 +65,10 @@ def test_segments(name: str, processors: int, monkeypatch: pytest.MonkeyPatch):
     check(ops.ssd, inputs_of(name, length=330), "emulated")
 
 
-@pytest.mark.parametrize("name", ("everything", "packed"))
-def test_many_segments(name: str, monkeypatch: pytest.MonkeyPatch):
-    """What comes into each is added up by a kernel of its own."""
-    monkeypatch.setattr(ssd, "MOST_SUMMED", 0)
-    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 4)
-    check(ops.ssd, inputs_of(name, length=330), "emulated")
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("most", (0, 16))
 @pytest.mark.parametrize("name", ("everything", "packed"))
-def test_long_segments(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+def test_long_segments(name: str, monkeypatch: pytest.MonkeyPatch):
     """Whose ends are found by halves; three segments, the last of which is short."""
-    monkeypatch.setattr(ssd, "MOST_SUMMED", most)
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 3)
     inputs = inputs_of(name, length=24 * 64 + 10, h=2, g=1)
     expected = ops.ssd(**widened(inputs), backend="reference")

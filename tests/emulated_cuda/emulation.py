@@ -51,25 +51,24 @@ FOLDER = Path(tempfile.mkdtemp())
 
 @functools.cache
 def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(dir=FOLDER))
-    for source in runtime.FOLDER.glob("*.cu*"):
-        (folder / source.name).write_text(source.read_text())
-    for source in HERE.glob("*.cuh"):
-        (folder / source.name).write_text(source.read_text())
     launches = [
-        LAUNCH.format(
-            name=name,
-            struct=STRUCTS.get(name, "Params"),
-            shared=shared_of(file, name),
-        )
+        LAUNCH.format(name=name, struct=STRUCTS.get(name, "Params"), shared=shared_of(file, name))
         for name in NAMES[file]
     ]
-    (folder / "launches.cu").write_text(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches))
+    return compiled(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches), macros)
+
+
+def compiled(source: str, macros: runtime.Macros = ()) -> ctypes.CDLL:
+    """C++ that may include the kernels' files."""
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    for file in (*runtime.FOLDER.glob("*.cu*"), *HERE.glob("*.cuh")):  # the latter in the place of the former
+        (folder / file.name).write_text(file.read_text())
+    (folder / "source.cu").write_text(source)
     options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     # A GPU reads 8 or 16 bytes only where a multiple of so many begins; this processor would read them anywhere.
     options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     options += [f"-D{name}={value}" for name, value in macros]
-    command = ["g++", *options, "-x", "c++", str(folder / "launches.cu"), "-o", str(folder / "kernels.so")]
+    command = ["g++", *options, "-x", "c++", str(folder / "source.cu"), "-o", str(folder / "kernels.so")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "kernels.so"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,13 +70,24 @@ class Parameters:
         return memory
 
 
+class Plan(NamedTuple):
+    """Kernels, one after the other, and what they are launched with."""
+
+    parameters: Parameters
+    launches: tuple[Launch, ...]
+    scratch: Sizes = ()  # what they need, unless it is shared
+
+    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
+        parameters, stream = self.parameters.filled(scratch, tensors), runtime.stream()
+        for kernel, blocks in self.launches:
+            kernel(blocks, parameters, stream)
+
+
 def empty_like(t: Tensor) -> Tensor:
     """Without the gaps that t may have. `t.new_empty(t.shape)` takes PyTorch twice as long; a backward pass has ten."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def launch(launches: tuple[Launch, ...], parameters: ctypes.Array[ctypes.c_char]) -> None:
-    """One after the other, on the same parameters."""
-    stream = runtime.stream()
-    for kernel, blocks in launches:
-        kernel(blocks, parameters, stream)
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Parameters and states are small: copies where they are not contiguous cost little."""
+    return [None if t is None else t.contiguous() for t in tensors]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, empty_like, launch
+from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -135,7 +135,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     with runtime.on_device_of(x):
         call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
         plan = forward_plan(call, keep)
-        y, final_state = empty_like(x), A.new_empty(plan.states)
+        y, final_state = empty_like(x), A.new_empty(call.states)
         kept = A.new_empty(kept_shape(x, A, cu_seqlens)) if keep else None
         if cu_seqlens is not None:  # what an empty sequence ends with
             final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
@@ -150,7 +150,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     with runtime.on_device_of(x):
         call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
-        plan = backward_plan(call)
+        plan, gather = backward_plan(call)
         dx, ddt, dA, dB, dC = map(empty_like, (x, dt, A, B, C))
         dD, dz, d_dt_bias, d_initial = (None if t is None else empty_like(t) for t in (D, z, dt_bias, initial_state))
         if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
@@ -159,7 +159,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
         tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
         results = dict(dx=dx, ddt=ddt, dz=dz, d_initial=d_initial)
         plan.run(scratch, **tensors, kept=kept, dy=dy, d_final=d_final, **results)
-        plan.gather(scratch, dB=dB, dC=dC, dA=dA, dD=dD, d_dt_bias=d_dt_bias)
+        gather.run(scratch, dB=dB, dC=dC, dA=dA, dD=dD, d_dt_bias=d_dt_bias)
     return dx, ddt, dA, dB, dC, dD, dz, d_dt_bias, d_initial
 
 
@@ -168,11 +168,6 @@ def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ..
     b, l, d = x.shape
     states = -(-d // 16) * 16 * -(-A.shape[1] // 16) * 16
     return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
-
-
-def dense(*tensors: Tensor | None) -> list[Any]:
-    """Parameters and states are small: copies where they are not contiguous cost nothing."""
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 # What calls have in common
@@ -193,6 +188,12 @@ class Described(NamedTuple):
     softplus: bool
     sequences: int  # 0: not packed
     device: torch.device
+
+    @property
+    def states(self) -> tuple[int, int, int]:
+        """The shape of the final state."""
+        b, _, d = self.x.shape
+        return self.sequences or b, d, self.n
 
     @property
     def groups(self) -> int:
@@ -233,39 +234,23 @@ POINTERS = (
 POINTERS_OF_PARTS = ("d_bc", "d_rates", "d_skip", "d_bias", "dB", "dC", "dA", "dD", "d_dt_bias")
 
 
-class Plan(NamedTuple):
-    parameters: Parameters
-    launches: tuple[Launch, ...]
-    scratch: Sizes
-    states: tuple[int, ...] = ()  # shape of the final state
-    parts: Parameters | None = None
-    gathers: tuple[Launch, ...] = ()
-
-    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
-        launch(self.launches, self.parameters.filled(scratch, tensors))
-
-    def gather(self, scratch: Scratch, **tensors: Tensor | None) -> None:
-        assert self.parts is not None
-        launch(self.gathers, self.parts.filled(scratch, tensors))
-
-
 @functools.lru_cache(maxsize=1024)
 def forward_plan(call: Described, keep: bool) -> Plan:
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, shape = macros["N"], SHAPES[macros["N"]]
-    states = (call.sequences or b, d, call.n)
     if N == 16 and relay_pays(b, d, device):
         kernel = relay_kernel(items(macros, KEEP=keep), device)
-        return Plan(parameters(call, 1), ((kernel, b * -(-d // 16)),), (), states)
+        return Plan(parameters(call, 1), ((kernel, b * -(-d // 16)),))
     segments = segments_for(b, l, d, shape.channels, FORWARD_BLOCKS, device)
     kernel, blocks = forward_kernel("outputs", shape, items(macros, KEEP=keep), device), b * -(-d // shape.channels)
     launches, scratch = carry_of(call, "states", "pass_states", segments) if segments > 1 else ((), ())
-    return Plan(parameters(call, segments), (*launches, (kernel, blocks * segments)), scratch, states)
+    return Plan(parameters(call, segments), (*launches, (kernel, blocks * segments)), scratch)
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(call: Described) -> Plan:
+def backward_plan(call: Described) -> tuple[Plan, Plan]:
+    """The pass, and what adds up the partial sums that it leaves."""
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)
@@ -281,12 +266,9 @@ def backward_plan(call: Described) -> Plan:
     sums = (("d_bc", blocks * b * l * 2 * N), ("d_rates", rows * d * N), ("d_skip", rows * d), ("d_bias", rows * d))
     numbers = [b, l, d, call.n, call.groups, blocks // call.groups, rows]
     results = b * l * 2 * N * call.groups + d * (N + 2)
-    return Plan(
-        parameters(call, segments),
-        (*launches, (kernel, blocks * rows)),
-        (*sums, *scratch),
-        parts=Parameters(POINTERS_OF_PARTS, numbers),
-        gathers=((gather, -(-results // gather.threads)),),
+    return (
+        Plan(parameters(call, segments), (*launches, (kernel, blocks * rows)), (*sums, *scratch)),
+        Plan(Parameters(POINTERS_OF_PARTS, numbers), ((gather, -(-results // gather.threads)),)),
     )
 
 
@@ -299,7 +281,7 @@ def parameters(call: Described, segments: int) -> Parameters:
     return Parameters(POINTERS, [*itertools.chain(*strides), *sizes])
 
 
-def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[tuple[Launch, ...], Any]:
+def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[tuple[Launch, ...], Sizes]:
     """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
     b, _, d = call.x.shape
     macros = call.macros

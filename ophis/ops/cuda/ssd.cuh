@@ -24,7 +24,7 @@ struct Params {
   Decays* decays;            // (chunks, h)
   bfloat16* y;
   float *final_state, *d_initial;
-  float *passed;             // (b, segments, h, p, n): states, or their gradients, where segments begin
+  float *passed;             // (b, segments, h, p, n): the state, or its gradient, that a segment is entered with
   float *totals;             // (b, segments, h): log2 of what a segment leaves of that
   bfloat16 *states, *flows;  // (chunks, h, p, n): the states before chunks, the gradients of those after them
   bfloat16 *dx, *dB, *dC;
@@ -39,7 +39,6 @@ struct Params {
   i64 batch, length, heads, width, groups, sequences, chunks, segment, segments, splits;  // chunks: of a row
   i64 taken;                 // segments that a block of `outputs` takes
   i64 ends;                  // segments of a row whose ends are wanted
-  i64 summed;                // whether `passed` is what segments are entered with, or yet what each leaves by itself
   i64 slice, slices;         // of more than N states, backward: which N these are
   float low, high;           // limits of a step
 };

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Scratch, Signal, Sizes, empty_like, launch
+from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
@@ -28,7 +28,6 @@ SIZES = (64, 128, 256)  # n
 SLICE = 128  # states that the backward kernels take at once: outputs, and so all gradients, are sums over states
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD_BLOCKS, STATES_BLOCKS = 1, 2  # on a multiprocessor: rows are cut into segments to have so many
-MOST_SUMMED = 16  # ends of segments that each later one adds up itself; of more another kernel makes sums
 BACKWARD_BLOCKS = 4  # likewise, where the heads of a group are shared out; these wait for each other
 
 
@@ -99,11 +98,6 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
 
 
-def dense(*tensors: Tensor | None) -> list[Any]:
-    """Parameters and states are small: copies where they are not contiguous cost little."""
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def edges(A: Tensor, x: Tensor, B: Tensor, cu_seqlens: Tensor | None, begun: Tensor | None) -> Tensor:
     """Memory for the states where sequences end, or begin. That of an empty sequence is where it began."""
     if cu_seqlens is None:
@@ -151,10 +145,6 @@ class Segments(NamedTuple):
     def ends(self) -> int:
         """How many come before the last block's: what they leave, others are entered with."""
         return (self.blocks - 1) * self.taken
-
-    @property
-    def summed(self) -> bool:
-        return self.ends > MOST_SUMMED
 
 
 class Described(NamedTuple):
@@ -223,16 +213,15 @@ class Described(NamedTuple):
         return kernel, -(-self.of_chunks * 32 // kernel.threads)
 
     def walk(self, name: str, ends: str, passing: str, n: int, segments: Segments) -> list[Launch]:
-        """What comes into each segment, and then all of them side by side. Where they are few, each adds up itself what
-        those before it leave; else another kernel does, a thread for each state."""
-        launches = []
-        if segments.ends:
-            launches.append((self.kernel(ends, n), self.pairs * segments.ends))
-        if segments.summed:
-            rows, _, heads, width = self.x.shape
-            kernel = self.kernel(passing, n)
-            launches.append((kernel, -(-rows * heads * width * n // kernel.threads)))
-        return [*launches, (self.kernel(name, n), self.pairs * segments.blocks)]
+        """Segments side by side, once what comes into each is found: what each adds by itself, and then the sum of what
+        is passed on, a thread for each state."""
+        walk = self.kernel(name, n), self.pairs * segments.blocks
+        if not segments.ends:
+            return [walk]
+        rows, _, heads, width = self.x.shape
+        pass_on = self.kernel(passing, n)
+        blocks = -(-rows * heads * width * n // pass_on.threads)
+        return [(self.kernel(ends, n), self.pairs * segments.ends), (pass_on, blocks), walk]
 
     def passed(self, n: int, segments: Segments) -> Sizes:
         """Memory for what comes into each segment."""
@@ -247,7 +236,7 @@ class Described(NamedTuple):
         skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
         sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks)
         (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
-        cut = (segments.length, segments.count, splits, segments.taken, segments.ends, segments.summed)
+        cut = (segments.length, segments.count, splits, segments.taken, segments.ends)
         return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit])
 
 
@@ -257,15 +246,6 @@ def described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) ->
         *(Signal.of(x), Signal.of(dt), Signal.of(B), Signal.of(C), None if dy is None else Signal.of(dy)),
         *(None if D is None else D.stride(), dt_bias is not None, dt_softplus, tuple(dt_limit), sequences, x.device),
     )
-
-
-class Plan(NamedTuple):
-    parameters: Parameters
-    launches: tuple[Launch, ...]
-    scratch: Sizes = ()
-
-    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
-        launch(self.launches, self.parameters.filled(scratch, tensors))
 
 
 class BackwardPlan(NamedTuple):
@@ -289,39 +269,39 @@ def forward_plan(call: Described) -> Plan:
 def backward_plan(call: Described) -> BackwardPlan:
     rows, length, heads, width = call.x.shape
     groups, n = call.B.shape[2:]
-    taken = min(n, SLICE)
-    count = n // taken
+    each = min(n, SLICE)
+    count = n // each
     of_groups = rows * call.chunks * groups
     splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(call.device) // of_groups, heads // groups))
     segments = call.segments(STATES_BLOCKS)
     launches = [
-        *call.walk("states", "ends", "pass_states", taken, segments),
-        *call.walk("flows", "flow_ends", "pass_flows", taken, segments),
+        *call.walk("states", "ends", "pass_states", each, segments),
+        *call.walk("flows", "flow_ends", "pass_flows", each, segments),
     ]
     after: list[Launch] = []
     scratch = [
         ("decays", call.of_chunks * 4 * CHUNK),
-        *call.passed(taken, segments),
-        *((name, call.of_chunks * width * taken // 2) for name in ("states", "flows")),  # of bfloat16
+        *call.passed(each, segments),
+        *((name, call.of_chunks * width * each // 2) for name in ("states", "flows")),  # of bfloat16
         ("sums", count * call.of_chunks * call.parts * 4 * CHUNK),
         ("of_chunks", count * call.of_chunks * call.parts * 2),
         ("partial_A", call.of_chunks * 2),
     ]
     if splits > 1:
-        entries = rows * length * groups * taken
-        kernel = call.kernel_of_steps("add_splits", taken)
+        entries = rows * length * groups * each
+        kernel = call.kernel_of_steps("add_splits", each)
         after.append((kernel, -(-entries // kernel.threads)))  # a thread has two of dB or of dC
         scratch += [(name, splits * entries) for name in ("partial_B", "partial_C")]
-    add_chunks = call.kernel_of_steps("add_chunks", taken)
-    sums = (call.steps("d_steps", taken), (add_chunks, -(-3 * heads * 32 // add_chunks.threads)))
+    add_chunks = call.kernel_of_steps("add_chunks", each)
+    sums = (call.steps("d_steps", each), (add_chunks, -(-3 * heads * 32 // add_chunks.threads)))
     slices = []
     for i in range(count):
-        kernel = call.kernel("backward_later" if i else "backward", taken)
+        kernel = call.kernel("backward_later" if i else "backward", each)
         of_slice = call.parameters(segments, splits, i, count)
         slices.append(Plan(of_slice, (*launches, (kernel, of_groups * splits), *after)))
     of_all = call.parameters(segments, slices=count)
     return BackwardPlan(
-        Plan(of_all, (call.steps("steps", taken),)),
+        Plan(of_all, (call.steps("steps", each),)),
         tuple(slices),
         Plan(of_all, sums),
         tuple(scratch),

@@ -25,7 +25,7 @@ template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chu
 template <bool WITH_OUTPUTS> struct Shared {
   Stage<WITH_OUTPUTS> stages[STAGES<WITH_OUTPUTS>];
   Matrix<TILE, WITH_OUTPUTS ? CHUNK : N> leaving[2];  // the scores (t, s); or the states (p, n)
-  Matrix<WITH_OUTPUTS ? CHUNK : 8, TILE> outputs[2];
+  Matrix<WITH_OUTPUTS ? CHUNK : 8, TILE> outputs[2];   // (t, p), in a place of their own: nobody waits for the scores
 };
 
 enum What { OUTPUTS, STATES, ENDS, FLOWS, FLOW_ENDS };  // a block's work; of states alone: all of them, or a segment's end
@@ -79,22 +79,9 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     to += state_at(index);
     each_state([&](float low, float high, i64 at) { *reinterpret_cast<float2*>(to + at) = make_float2(low, high); });
   };
-  if (!IS_ENDS && p.summed) {
-    enter(p.passed, row * p.segments + segment);
-  } else {
-    enter(IS_ENDS || PACKED ? nullptr : edge, row);
-    const int before = IS_ENDS || p.segments == 1 ? 0 : BACK ? (int)p.segments - 1 - segment : segment;
-#pragma unroll 1
-    for (int k = 1; k <= before; ++k) {  // what segments leave by themselves, one after the other
-      const i64 index = row * p.segments + (BACK ? p.segments - 1 - k : k);
-      const float left = exp2_fast(p.totals[index * p.heads + head]);
-      const float* from = p.passed + state_at(index);
-      each_state([&](float& low, float& high, i64 at) {
-        const float2 v = *reinterpret_cast<const float2*>(from + at);
-        low = fmaf(left, low, v.x), high = fmaf(left, high, v.y);
-      });
-    }
-  }
+  if (!IS_ENDS && p.ends > 0) enter(p.passed, row * p.segments + segment);
+  else if (!IS_ENDS && !PACKED) enter(edge, row);
+  else enter(nullptr, 0);
 
   int sequence = PACKED ? sequence_of(p, BACK ? last - 1 : first) : (int)row;
   int coming = sequence;  // of the chunk that is copied

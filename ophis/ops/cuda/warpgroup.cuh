@@ -27,8 +27,8 @@ struct Factor { unsigned long long descriptor; };
 
 __device__ __forceinline__ unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Leading: bytes from one panel to the next; stride: from eight rows to the next eight. `offset` is a
-// constant, and what it is added to the same for all of a matrix's factors; the upper half is a constant altogether.
+// Leading: bytes from one panel to the next; stride: from eight rows to the next eight. `offset` is a constant, what it is
+// added to is the same for all of a matrix's factors, and the upper half is a constant altogether.
 __device__ __forceinline__ Factor factor_at(const void* matrix, unsigned leading, unsigned stride, int offset) {
   const unsigned low = (address(matrix) >> 4 | leading >> 4 << 16) + (offset >> 4), high = stride >> 4 | 1u << 30;
   return {(unsigned long long)high << 32 | low};
