@@ -329,8 +329,13 @@ def test_some_shapes_alone_keep_the_rest_of_the_table(capsys):
     assert [row["case"] for row in again] == cases
     assert [row for row in again if row["case"] != "dense"] == [row for row in first if row["case"] != "dense"]
     assert [row for row in again if row["case"] == "dense"] != [row for row in first if row["case"] == "dense"]
-    assert measure("--only", "no such shape") == again
-    assert "nothing was measured" in capsys.readouterr().out
+    assert main(["bench", "causal_conv", "--quick", "--device", "cpu", "--only", "no such shape"]) == 2
+    message = capsys.readouterr().err
+    assert "--only is 'no such shape', and no shape's name has that; there are\n  2 x 64 x 32, w 4, dense\n" in message
+    Path("causal_conv_cpu.csv").write_text("op,batch\ncausal_conv,2\n")
+    assert main(["bench", "causal_conv", "--quick", "--device", "cpu", "--backend", "torch", "--only", "dense"]) != 0
+    assert "has other columns than this version writes" in capsys.readouterr().err
+    assert Path("causal_conv_cpu.csv").read_text() == "op,batch\ncausal_conv,2\n"
 
 
 def test_plots_come_from_the_table_alone():

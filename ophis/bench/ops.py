@@ -324,11 +324,18 @@ def read_against(path: Path) -> list[dict[str, str]]:
 
 
 def with_others(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:
-    """The rows, in place of those of the same shapes in a table that exists; all of another's columns is dropped."""
-    if not rows or not table.is_file():
+    """The rows, in place of those of the same shapes in a table, if there is one.
+
+    Raises:
+        ValueError: the table has other columns, those of another version; what it holds would be lost.
+    """
+    if not table.is_file():
         return list(rows)
     with table.open(newline="", encoding="utf-8") as file:
-        there = [row for row in csv.DictReader(file) if row.keys() == rows[0].keys()]
+        reader = csv.DictReader(file)
+        there = list(reader)
+    if rows and there and (reader.fieldnames or []) != list(rows[0]):
+        raise ValueError(f"{table} has other columns than this version writes; move it away, or name another --out")
     new = {_of_shape(row) for row in rows}
     order = {key: i for i, key in enumerate(dict.fromkeys(map(_of_shape, [*there, *rows])))}
     return sorted([*(row for row in there if _of_shape(row) not in new), *rows], key=lambda row: order[_of_shape(row)])

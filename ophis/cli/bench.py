@@ -85,7 +85,7 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
 
     from ophis.bench import ops
     from ophis.bench.provenance import write_csv
-    from ophis.bench.shapes import SHAPES
+    from ophis.bench.shapes import SHAPES, shapes_of
     from ophis.cli.errors import UserError, user_errors
     from ophis.cli.info import default_device, version
 
@@ -96,6 +96,11 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
     for name in arguments.backend or ():
         if name not in known:
             raise UserError(f"no backend {name!r} of {', '.join(arguments.operators)}; there are {', '.join(known)}")
+    named = [str(shape) for name in arguments.operators for shape in shapes_of(name, arguments.quick)]
+    if not any(arguments.only in shape for shape in named):
+        raise UserError(
+            f"--only is {arguments.only!r}, and no shape's name has that; there are\n  " + "\n  ".join(named)
+        )
     device = torch.device(arguments.device or default_device().replace("mps", "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device")
@@ -114,7 +119,8 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
                 continue
             rows.append(item)
             print(f"  {_line(item)}", flush=True)
-            write_csv(table, ops.with_others(rows, table) if arguments.only else rows)
+            with user_errors():
+                write_csv(table, ops.with_others(rows, table) if arguments.only else rows)
         if not rows:
             print("  nothing was measured")
         elif version("matplotlib") is None:
