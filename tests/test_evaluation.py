@@ -14,7 +14,7 @@ import ophis
 from ophis.cli import evaluate, main
 from ophis.evaluation import TextScore, score_text, tokenizer_of
 from ophis.evaluation import perplexity as module
-from ophis.generation.text import check_vocabulary
+from ophis.generation import check_vocabulary
 from ophis.training import byte_tokenizer
 
 TEXT = "Größer als 9 € — the quick brown fox.\n" * 7

@@ -12,7 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ophis.evaluation.loading import device_of, dtype_of, tokenizer_of
-from ophis.generation.text import check_vocabulary
+from ophis.generation import check_vocabulary
 from ophis.models import load
 
 # What lm-eval hands on with every model of its Hugging Face class and means nothing here.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ophis.generation.text import check_vocabulary
+from ophis.generation import check_vocabulary
 from ophis.models import LanguageModel
 from ophis.models.state import CACHE
 

@@ -4,6 +4,6 @@ model, tokenizer = ophis.load("runs/first"), load_tokenizer("runs/first")
 generate_text(model, tokenizer, "Once upon a time", write=lambda text: print(text, end="", flush=True))
 """
 
-from ophis.generation.text import TextStreamer, generate_text, load_tokenizer
+from ophis.generation.text import TextStreamer, check_vocabulary, generate_text, load_tokenizer
 
-__all__ = ["TextStreamer", "generate_text", "load_tokenizer"]
+__all__ = ["TextStreamer", "check_vocabulary", "generate_text", "load_tokenizer"]
