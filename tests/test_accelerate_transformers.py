@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from mamba_family import FAMILY, NEWEST, VERSION, build, error, left_alone, plainly, tokens
 
 import ophis
+from mamba_family import FAMILY, NEWEST, VERSION, build, error, left_alone, plainly, tokens
 from ophis.integrations.transformers import accelerate_transformers, functions
 from ophis.integrations.transformers import acceleration as acceleration_module
 from ophis.integrations.transformers.families import FAMILIES, MAMBA, MAMBA2

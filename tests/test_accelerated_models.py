@@ -12,6 +12,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mamba_family import (
     FAMILY,
     assert_same_gradients,
@@ -24,8 +26,6 @@ from mamba_family import (
     plainly,
     tokens,
 )
-from torch import Tensor, nn
-
 from ophis.integrations.transformers import accelerate_transformers, acceleration
 from ophis.integrations.transformers.families import FAMILIES
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
+
 from mamba_family import (
     FAMILY,
     NEWEST,
@@ -29,8 +31,6 @@ from mamba_family import (
     plainly,
     tokens,
 )
-from torch import Tensor
-
 from ophis.integrations.transformers import accelerate_transformers
 from ophis.integrations.transformers import packing as packing_module
 from ophis.integrations.transformers.sequences import Sequences

@@ -2,7 +2,7 @@
 
 The interpreter is chosen when triton is imported, and in every other test the backend must be what it is for a user of
 this machine. So those tests are in interpreted_triton.py, which pytest does not collect, and run in a process of their
-own. On a GPU the kernels are checked like every backend, and by test_ops_gpu.py.
+own. On a GPU the kernels are checked like every backend, and by test_ops_gpu.py and its neighbour.
 """
 
 from __future__ import annotations
