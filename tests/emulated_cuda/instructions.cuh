@@ -27,6 +27,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned v; std::memcpy(&v, &f, 4); return v; }
@@ -184,3 +185,5 @@ template <int SIZE> inline void copy_async(void* to, const void* from, bool ther
   else std::memset(to, 0, SIZE);
 }
 inline void await_copies() {}
+inline void commit_copies() {}
+template <int PENDING> void await_copies_but() {}

@@ -36,6 +36,9 @@ template <int PENDING> void await_products() {}
 template <int COUNT> void hold(float (&)[COUNT]) {}
 inline void publish() {}
 
+template <int> void limit_registers() {}
+template <int> void extend_registers() {}
+
 inline int this_group() { return threadIdx.x / 128; }
 
 inline Meeting groups[8];
@@ -115,6 +118,4 @@ template <int ROWS, int COLUMNS> void put_transposed(Matrix<ROWS, COLUMNS>& m, i
   __syncwarp();
 }
 
-inline void commit_copies() {}
-template <int PENDING> void await_copies_but() {}
 inline void copy_piece(void* to, const void* from, bool there) { copy_async<16>(to, from, there); }

@@ -94,6 +94,12 @@ __device__ __forceinline__ void await_signal(unsigned long long* s, int turn) {
 
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Or in groups, of which all but the last PENDING are awaited.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void await_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // sums += a b, of a warp's 16 x 8 matrix a and 8 x 8 matrix b in tf32. With i = thread / 4 and k = thread % 4, a thread
 // has a at (i, k), (i + 8, k), (i, k + 4), (i + 8, k + 4), b at (k, i), (k + 4, i), and of the sums (i, 2k), (i, 2k + 1),
 // (i + 8, 2k), (i + 8, 2k + 1).

@@ -59,13 +59,12 @@ class Parameters:
     def __init__(self, pointers: tuple[str, ...], numbers: list[int]):
         self.names, self.form = pointers, struct.Struct(f"{len(pointers)}q")
         self.template = bytes(self.form.size) + struct.pack(f"{len(numbers)}q", *numbers)
+        self.type = ctypes.c_char * len(self.template)
 
     def filled(self, scratch: Scratch, tensors: dict[str, Tensor | None]) -> ctypes.Array[ctypes.c_char]:
-        memory = ctypes.create_string_buffer(self.template, len(self.template))
-        addresses = dict(scratch.addresses)
-        for name, t in tensors.items():
-            if t is not None:
-                addresses[name] = t.data_ptr()
+        memory = self.type.from_buffer_copy(self.template)
+        addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        addresses.update(scratch.addresses)
         self.form.pack_into(memory, 0, *[addresses.get(name, 0) for name in self.names])
         return memory
 

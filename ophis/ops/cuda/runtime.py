@@ -19,6 +19,7 @@ from cuda.bindings import driver, nvrtc  # pyright: ignore[reportMissingImports]
 
 FOLDER = Path(__file__).parent
 Macros = tuple[tuple[str, int], ...]
+Pointers = ctypes.c_void_p * 1  # to a kernel's arguments, of which there is one
 
 
 class Kernel:
@@ -33,12 +34,12 @@ class Kernel:
 
     def __call__(self, blocks: int, parameters: ctypes.Array[ctypes.c_char], stream: int) -> None:
         """Launches it; `parameters` is the struct that is its only argument."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _ok(
-            driver.cuLaunchKernel(
-                self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(pointers), 0
-            )
+        pointers = Pointers(ctypes.addressof(parameters))
+        result = driver.cuLaunchKernel(
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(pointers), 0
         )
+        if result[0]:
+            _ok(result)
 
 
 def why_not_on(device: torch.device) -> str | None:

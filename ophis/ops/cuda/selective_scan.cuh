@@ -34,8 +34,11 @@ struct Params {
   float *d_rates;   // (b, segments, d, N): of A
   float *d_skip;    // (b, segments, d): of D
   float *d_bias;    // (b, segments, d)
+  void *dB, *dC;
+  float *dA, *dD, *d_dt_bias;
   Strides sx, sdt, sz, sdy, sB, sC;
   i64 batch, length, channels, states, groups, sequences, segment, segments;
+  i64 blocks;  // of channels, in a group
 };
 
 // Where states n ... n + 3 of a channel are kept, in fours: (b, l / KEEP_EVERY, d / 16, TILES, 2, 4, 8) for every other

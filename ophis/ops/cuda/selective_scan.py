@@ -150,16 +150,15 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     with runtime.on_device_of(x):
         call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
-        plan, gather = backward_plan(call)
+        plan = backward_plan(call)
         dx, ddt, dA, dB, dC = map(empty_like, (x, dt, A, B, C))
         dD, dz, d_dt_bias, d_initial = (None if t is None else empty_like(t) for t in (D, z, dt_bias, initial_state))
         if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
             d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
         scratch = Scratch(A, plan.scratch)
         tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
-        results = dict(dx=dx, ddt=ddt, dz=dz, d_initial=d_initial)
+        results = dict(dx=dx, ddt=ddt, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, d_dt_bias=d_dt_bias, d_initial=d_initial)
         plan.run(scratch, **tensors, kept=kept, dy=dy, d_final=d_final, **results)
-        gather.run(scratch, dB=dB, dC=dC, dA=dA, dD=dD, d_dt_bias=d_dt_bias)
     return dx, ddt, dA, dB, dC, dD, dz, d_dt_bias, d_initial
 
 
@@ -226,12 +225,12 @@ def described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -
     )
 
 
-# The fields of `Params` in selective_scan.cuh and of `Parts` in selective_scan_backward.cu, all of 64 bits.
+# The fields of `Params` in selective_scan.cuh, all of 64 bits.
 POINTERS = (
     "x", "dt", "B", "C", "z", "A", "D", "bias", "initial", "offsets", "y", "final_state", "kept", "carry", "span",
     "dy", "d_final", "dx", "ddt", "dz", "d_initial", "d_bc", "d_rates", "d_skip", "d_bias",
+    "dB", "dC", "dA", "dD", "d_dt_bias",
 )  # fmt: skip
-POINTERS_OF_PARTS = ("d_bc", "d_rates", "d_skip", "d_bias", "dB", "dC", "dA", "dD", "d_dt_bias")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -249,8 +248,7 @@ def forward_plan(call: Described, keep: bool) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(call: Described) -> tuple[Plan, Plan]:
-    """The pass, and what adds up the partial sums that it leaves."""
+def backward_plan(call: Described) -> Plan:
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)
@@ -264,20 +262,17 @@ def backward_plan(call: Described) -> tuple[Plan, Plan]:
     blocks, rows = -(-d // (16 * warps)), b * segments
     kernel, gather = backward_kernels(warps, shared, items(macros, WARPS=warps, BLOCKS=resident), device)
     sums = (("d_bc", blocks * b * l * 2 * N), ("d_rates", rows * d * N), ("d_skip", rows * d), ("d_bias", rows * d))
-    numbers = [b, l, d, call.n, call.groups, blocks // call.groups, rows]
     results = b * l * 2 * N * call.groups + d * (N + 2)
-    return (
-        Plan(parameters(call, segments), (*launches, (kernel, blocks * rows)), (*sums, *scratch)),
-        Plan(Parameters(POINTERS_OF_PARTS, numbers), ((gather, -(-results // gather.threads)),)),
-    )
+    launches = (*launches, (kernel, blocks * rows), (gather, -(-results // gather.threads)))
+    return Plan(parameters(call, segments, blocks // call.groups), launches, (*sums, *scratch))
 
 
-def parameters(call: Described, segments: int) -> Parameters:
+def parameters(call: Described, segments: int, blocks: int = 0) -> Parameters:
     """`Params` of selective_scan.cuh."""
     b, l, d = call.x.shape
     strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.dt, call.z, call.dy)]
     strides += [t.strides[:3] if len(t.shape) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
-    sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments]
+    sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments, blocks]
     return Parameters(POINTERS, [*itertools.chain(*strides), *sizes])
 
 
@@ -324,7 +319,7 @@ def backward_kernels(
 def relay_shared(*, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, **_) -> int:
     x, dt, z, bc = (4 if kind == 0 else 2 for kind in (X_KIND, DT_KIND, Z_KIND, BC_KIND))
     coming = 128 * (x + dt + 2 * bc + (z if HAS_Z else 0)) + (0 if HAS_Z else 16)
-    return RUNNERS * (2 * coming + 1024 + 512 + 8 * 16 * 4 + 2 * 4 * 16 + 2 * 1024 + 16)
+    return RUNNERS * (3 * coming + 1024 + 512 + 8 * 16 * 4 + 2 * 4 * 16 + 3 * 1024 + 16)
 
 
 def backward_shared(warps: int, *, N, X_KIND, DT_KIND, Z_KIND, BC_KIND, HAS_Z, PACKED, **_) -> int:

@@ -530,15 +530,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
 }
 
 // What blocks have left, summed up in order: dB and dC over the blocks of channels of a group, a thread a number in the
-// order of (groups, b, l, 2, N); then the gradients of A, D and the bias over rows, a thread a number.
-struct Parts {
-  const float *d_bc, *d_rates, *d_skip, *d_bias;
-  void *dB, *dC;
-  float *dA, *dD, *d_dt_bias;
-  i64 batch, length, channels, states, groups, blocks, rows;
-};
-
-extern "C" __global__ void gather(const __grid_constant__ Parts p) {
+// order of (groups, b, l, 2, N); then the gradients of A, D and the bias over rows' segments, a thread a number.
+extern "C" __global__ void gather(const __grid_constant__ Params p) {
+  const i64 rows = p.batch * p.segments;
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   const i64 size = p.batch * p.length * 2 * N;
   auto sum = [](const float* from, i64 count, i64 apart) {
@@ -558,13 +552,13 @@ extern "C" __global__ void gather(const __grid_constant__ Parts p) {
   i -= size * p.groups;
   if (i < p.channels * N) {
     const i64 n = i % N;
-    if (n < p.states) p.dA[i / N * p.states + n] = sum(p.d_rates + i, p.rows, p.channels * N);
+    if (n < p.states) p.dA[i / N * p.states + n] = sum(p.d_rates + i, rows, p.channels * N);
     return;
   }
   i -= p.channels * N;
   if (i < p.channels) {
-    if (HAS_D) p.dD[i] = sum(p.d_skip + i, p.rows, p.channels);
+    if (HAS_D) p.dD[i] = sum(p.d_skip + i, rows, p.channels);
   } else if (i < 2 * p.channels) {
-    if (HAS_BIAS) p.d_dt_bias[i - p.channels] = sum(p.d_bias + i - p.channels, p.rows, p.channels);
+    if (HAS_BIAS) p.d_dt_bias[i - p.channels] = sum(p.d_bias + i - p.channels, rows, p.channels);
   }
 }

@@ -61,6 +61,14 @@ __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shar
 // Which warpgroup of the block this is; the same for a warp's threads, and the compiler is to know it.
 __device__ __forceinline__ int this_group() { return __shfl_sync(~0u, (int)threadIdx.x / 128, 0); }
 
+// How many registers its threads have from here on, at most what others have left; all of the warpgroup agree.
+template <int COUNT> __device__ __forceinline__ void limit_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void extend_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // A barrier of the warpgroup `group`; barrier 0 is the block's.
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
@@ -177,12 +185,6 @@ __device__ __forceinline__ void put_transposed(Matrix<ROWS, COLUMNS>& m, int row
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]), "r"(a[1]),
                "r"(a[2]), "r"(a[3])
                : "memory");
-}
-
-// Copies of 16 bytes that go their own way, in groups of which all but the last PENDING can be awaited.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void await_copies_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 __device__ __forceinline__ void copy_piece(void* to, const void* from, bool there) {  // past the first-level cache
