@@ -84,10 +84,22 @@ def test_packed_sequences(bounds: tuple[int, ...]):
     check(ops.ssd, inputs, "emulated")
 
 
+@pytest.mark.parametrize("processors", (1, 100))
 @pytest.mark.parametrize("name", ("everything", "packed"))
-def test_the_widest_state(name: str):
-    """Whose backward pass takes two slices."""
+def test_the_widest_state(name: str, processors: int, monkeypatch: pytest.MonkeyPatch):
+    """Whose backward pass takes two slices; in segments and with its heads shared out, too."""
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: processors)
     check(ops.ssd, inputs_of(name, length=130, n=256, h=2, g=1), "emulated")
+
+
+@pytest.mark.parametrize("processors", (1, 100))
+def test_an_initial_state_that_begins_anywhere(processors: int, monkeypatch: pytest.MonkeyPatch):
+    """Kernels read several of its numbers at once."""
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: processors)
+    inputs = inputs_of("everything", length=130)
+    state = inputs["initial_state"]
+    inputs["initial_state"] = state.new_empty(state.numel() + 1)[1:].view(state.shape).copy_(state)
+    check(ops.ssd, inputs, "emulated")
 
 
 @pytest.mark.parametrize("first", (8, 3))

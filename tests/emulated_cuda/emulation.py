@@ -28,9 +28,8 @@ sys.modules["cuda.bindings"].__dict__.update(
 from ophis.ops.cuda import runtime
 
 HERE = Path(__file__).parent
-STRUCTS = {"gather": "Parts"}
 LAUNCH = """
-extern "C" void launch_{name}(long blocks, int threads, long shared, const {struct}* p) {{
+extern "C" void launch_{name}(long blocks, int threads, long shared, const Params* p) {{
   if (shared < (long){shared}) std::abort();
   run(blocks, threads, [&] {{ {name}(*p); }});
 }}
@@ -45,16 +44,13 @@ NAMES = {
     "causal_conv.cu": ("convolve",),
 }
 # What has `Shared` of its own, by kernel where they differ.
-SHARED = {"outputs": "Shared<true>", **dict.fromkeys(("states", "ends", "flows", "flow_ends"), "Shared<false>")}
+SHARED = {name: f"Shared<{name.upper()}>" for name in ("outputs", "states", "ends", "flows", "flow_ends")}
 FOLDER = Path(tempfile.mkdtemp())
 
 
 @functools.cache
 def load(file: str, macros: runtime.Macros, device: torch.device) -> ctypes.CDLL:
-    launches = [
-        LAUNCH.format(name=name, struct=STRUCTS.get(name, "Params"), shared=shared_of(file, name))
-        for name in NAMES[file]
-    ]
+    launches = [LAUNCH.format(name=name, shared=shared_of(file, name)) for name in NAMES[file]]
     return compiled(f'#include <cstdlib>\n#include "{file}"\n' + "".join(launches), macros)
 
 
@@ -76,7 +72,7 @@ def compiled(source: str, macros: runtime.Macros = ()) -> ctypes.CDLL:
 
 def shared_of(file: str, name: str) -> str:
     """The size of the shared memory that a kernel takes, in C++."""
-    if name in ("gather", "convolve", "steps", "d_steps", "add_chunks", "add_splits") or name.startswith("pass_"):
+    if name in ("gather", "convolve", "add_chunks", "add_splits") or name.startswith("pass_"):
         return "0"
     return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
 

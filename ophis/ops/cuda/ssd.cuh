@@ -30,6 +30,7 @@ struct Params {
   bfloat16 *dx, *dB, *dC;
   void* d_dt;
   float *partial_B, *partial_C;  // (splits, b, l, g, n), where the heads of a group are shared out
+  uint4 *between;            // (chunks, g, splits, 4, 128): dS, from the first slice of states to the others
   float *sums;               // (slices, chunks, h tiles, 4, 64)
   float *of_chunks;          // (slices, chunks, h tiles, 2)
   float *partial_A;          // (chunks, 2, h): of A and the bias
@@ -77,7 +78,7 @@ __device__ __forceinline__ Place place_of(const Params& p, int chunk, int sequen
   return {begin, p.offsets[sequence + 1], begin + (chunk - begin / CHUNK - sequence) * CHUNK};
 }
 
-// `count` rows into a matrix, zeros into the rest, by THREADS threads of which this one is `thread`. Their addresses are
+// `count` rows into so many columns of a matrix, zeros into the rest, by THREADS threads of which this one is `thread`. Their addresses are
 // found once: of each thread, every DOWN rows, eight numbers.
 template <int THREADS, int COLUMNS> struct Rows {
   static constexpr int PIECES = COLUMNS / 8, DOWN = THREADS / PIECES;
@@ -91,10 +92,10 @@ template <int THREADS, int COLUMNS> struct Rows {
     from = first + row * stride + thread % PIECES * 8;
     place = Matrix<CHUNK, COLUMNS>::place(row, thread % PIECES * 8);
   }
-  __device__ __forceinline__ void copy(Matrix<CHUNK, COLUMNS>& to, i64 offset, int count) const {
+  __device__ __forceinline__ void copy(bfloat16* to, i64 offset, int count) const {
     const bfloat16* at = from + offset;
 #pragma unroll
-    for (int i = 0; i < CHUNK / DOWN; ++i, at += step) copy_piece(to.v + place + i * DOWN * 64, at, row + i * DOWN < count);
+    for (int i = 0; i < CHUNK / DOWN; ++i, at += step) copy_piece(to + place + i * DOWN * 64, at, row + i * DOWN < count);
   }
 };
 

@@ -64,8 +64,8 @@ def why_not_these(call) -> str | None:
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
-    x, B, C = map(aligned, (x, B, C))
     A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
+    x, B, C, initial_state = map(aligned, (x, B, C, initial_state))
     with runtime.on_device_of(x):
         plan = forward_plan(described(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
         y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
@@ -87,7 +87,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
         plan.steps.run(scratch, **of_all)
         found = []
         for of_slice, (b, c, initial, d_end) in zip(plan.slices, slices(B, C, initial_state, d_final), strict=True):
-            initial, d_end = dense(initial, d_end)
+            initial, d_end = map(aligned, dense(initial, d_end))
             dB, dC = empty_like(b), empty_like(c)
             d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
             tensors = dict(B=b, C=c, initial=initial, d_final=d_end, dB=dB, dC=dC, d_initial=d_initial)
@@ -125,8 +125,8 @@ def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 # The fields of `Params` in ssd.cuh, all of 64 bits but the last two.
 POINTERS = (
     "x", "B", "C", "dy", "dt", "A", "bias", "D", "initial", "d_final", "offsets", "decays", "y", "final_state",
-    "d_initial", "passed", "totals", "states", "flows", "dx", "dB", "dC", "d_dt", "partial_B", "partial_C", "sums",
-    "of_chunks", "partial_A", "dA", "d_bias", "dD",
+    "d_initial", "passed", "totals", "states", "flows", "dx", "dB", "dC", "d_dt", "partial_B", "partial_C",
+    "between", "sums", "of_chunks", "partial_A", "dA", "d_bias", "dD",
 )  # fmt: skip
 
 
@@ -210,17 +210,17 @@ class Described(NamedTuple):
     def steps(self, name: str, n: int) -> Launch:
         """A warp for each chunk of a head."""
         kernel = self.kernel_of_steps(name, n)
-        return kernel, -(-self.of_chunks * 32 // kernel.threads)
+        return kernel, -(-self.of_chunks // (kernel.threads // 32))
 
     def walk(self, name: str, ends: str, passing: str, n: int, segments: Segments) -> list[Launch]:
         """Segments side by side, once what comes into each is found: what each adds by itself, and then the sum of what
-        is passed on, a thread for each state."""
+        is passed on, a thread for four states."""
         walk = self.kernel(name, n), self.pairs * segments.blocks
         if not segments.ends:
             return [walk]
         rows, _, heads, width = self.x.shape
         pass_on = self.kernel(passing, n)
-        blocks = -(-rows * heads * width * n // pass_on.threads)
+        blocks = -(-rows * heads * width * n // (4 * pass_on.threads))
         return [(self.kernel(ends, n), self.pairs * segments.ends), (pass_on, blocks), walk]
 
     def passed(self, n: int, segments: Segments) -> Sizes:
@@ -287,6 +287,8 @@ def backward_plan(call: Described) -> BackwardPlan:
         ("of_chunks", count * call.of_chunks * call.parts * 2),
         ("partial_A", call.of_chunks * 2),
     ]
+    if count > 1:
+        scratch += [("between", of_groups * splits * CHUNK * CHUNK // 2)]  # of bfloat16
     if splits > 1:
         entries = rows * length * groups * each
         kernel = call.kernel_of_steps("add_splits", each)
@@ -314,10 +316,10 @@ def _in_eights(t: Tensor) -> bool:
     return last == 1 and not any(stride % 8 for stride, size in zip(strides, t.shape, strict=False) if size > 1)
 
 
-def aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor | None) -> Any:
     """A copy of a tensor that does not begin at a multiple of 16 bytes. A choice of backends cannot ask for that: where
     it is traced, tensors have no place yet. Slices of projections begin where eight numbers do, if sizes are even."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
 
 
 @functools.cache
@@ -328,14 +330,21 @@ def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.
     n = dict(macros)["N"]
     signal, matrix, decays = 2 * CHUNK * TILE, 2 * CHUNK * n, 4 * 4 * CHUNK
     shared = 0  # bytes of `Shared`
+    if name in ("steps", "d_steps"):
+        warps, of_dt = THREADS // 32, 4 if dict(macros)["DT_KIND"] == 0 else 2
+        shared = warps * ((CHUNK + 2) * of_dt + 8 + 4)
     if name == "outputs":
         stages = 3 if n <= 128 else 2
         shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 4 * signal
     elif name.startswith("backward"):
-        shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + 16 * CHUNK // 8 * 128 + 2048
-    elif name in ("states", "ends", "flows", "flow_ends"):
+        sums = 16 * CHUNK // 8 * 128 + 2048
+        shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + sums
+    elif name in ("states", "flows"):
         shared = 2 * (matrix + 1024 + 2 * signal + 2 * decays) + 2 * matrix + 2 * 1024
-    return runtime.Kernel(module, name, THREADS, shared)
+    elif name in ("ends", "flow_ends"):
+        shared = 3 * (matrix + 1024 + 2 * signal + 2 * decays) + 4 * 1024
+    threads = THREADS + 128 if name == "outputs" else THREADS  # those that copy
+    return runtime.Kernel(module, name, threads, shared)
 
 
 ssd.register("cuda", why_not=why_not)(custom_op("cuda", Kernels(forward, backward)))

@@ -8,12 +8,22 @@
 //   y^T += x^T (L ∘ S)^T
 //   h = decay h + (x ∘ w)^T B     (p, n)     w: the steps times the decays until the chunk's end
 //
-// all but the third are begun before the first is awaited: while threads work on S, the tensor cores do the rest.
+// all but the third are begun before the first is awaited: while threads work on S, the tensor cores do the rest. A third
+// warpgroup copies for both.
 #include "ssd.cuh"
 
 constexpr bool WIDE = N > 128;                // a state that leaves few registers, and little memory, to the rest
 constexpr int TOGETHER = WIDE ? 4 : N / 16;  // sixteenths of a state that are on their way into a product
-template <bool WITH_OUTPUTS> constexpr int STAGES = WITH_OUTPUTS && !WIDE ? 3 : 2;
+enum What { OUTPUTS, STATES, ENDS, FLOWS, FLOW_ENDS };  // a block's work; of states alone: all of them, or a segment's end
+
+template <What WHAT> constexpr bool IS_ENDS = WHAT == ENDS || WHAT == FLOW_ENDS;
+// Scores are found a chunk ahead, if there are registers for them, and memory for a third chunk.
+template <What WHAT> constexpr bool AHEAD = WHAT == OUTPUTS && !WIDE;
+template <What WHAT> constexpr int STAGES = AHEAD<WHAT> || IS_ENDS<WHAT> ? 3 : 2;
+template <What WHAT> constexpr bool BACK = WHAT == FLOWS || WHAT == FLOW_ENDS;
+// Where threads have most to do, others copy for them, and leave them registers: of three warpgroups a thread has 168.
+template <What WHAT> constexpr bool HAS_COPIERS = WHAT == OUTPUTS;
+constexpr int OF_WALKERS = 232, OF_COPIERS = 40;
 
 template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chunk
   Matrix<CHUNK, N> B;
@@ -22,44 +32,119 @@ template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chu
   Decays decays[2];
 };
 
-template <bool WITH_OUTPUTS> struct Shared {
-  Stage<WITH_OUTPUTS> stages[STAGES<WITH_OUTPUTS>];
-  Matrix<TILE, WITH_OUTPUTS ? CHUNK : N> leaving[2];  // the scores (t, s); or the states (p, n)
-  Matrix<WITH_OUTPUTS ? CHUNK : 8, TILE> outputs[2];   // (t, p), in a place of their own: nobody waits for the scores
+template <What WHAT> struct Shared {
+  Stage<WHAT == OUTPUTS> stages[STAGES<WHAT>];
+  Matrix<IS_ENDS<WHAT> ? 8 : TILE, WHAT == OUTPUTS || IS_ENDS<WHAT> ? CHUNK : N> leaving[2];  // the scores (t, s); or the states (p, n)
+  Matrix<WHAT == OUTPUTS ? CHUNK : 8, TILE> outputs[2];   // (t, p), in a place of their own: nobody waits for the scores
 };
 
-enum What { OUTPUTS, STATES, ENDS, FLOWS, FLOW_ENDS };  // a block's work; of states alone: all of them, or a segment's end
+template <What WHAT> struct Work {  // of a block: two tiles, through which chunks of which row
+  int heads, tiles, pair, of_groups, segment, first, count;
+  i64 row;
+
+  __device__ __forceinline__ explicit Work(const Params& p) {
+    heads = (int)(p.heads / p.groups), tiles = heads * PARTS;
+    const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, taken = WHAT == OUTPUTS ? (int)p.taken : 1;
+    const int counted = IS_ENDS<WHAT> ? (int)p.ends : ((int)p.segments + taken - 1) / taken;
+    pair = blockIdx.x % work % pairs, of_groups = blockIdx.x % work / pairs;
+    segment = blockIdx.x / work % counted * taken + (WHAT == FLOW_ENDS);
+    row = blockIdx.x / work / counted;
+    first = segment * (int)p.segment, count = least(taken * (int)p.segment, (int)p.chunks - first);
+  }
+  __device__ __forceinline__ int chunk(int i) const { return BACK<WHAT> ? first + count - 1 - i : first + i; }  // of its way
+  __device__ __forceinline__ bool active(int group) const { return 2 * pair + group < tiles; }
+  __device__ __forceinline__ int tile(int group) const {  // the second may not exist: it is the first once more
+    return least(2 * pair + group, tiles - 1);
+  }
+  __device__ __forceinline__ int head(int group) const { return of_groups * heads + tile(group) / PARTS; }
+  __device__ __forceinline__ int channel(int group) const { return tile(group) % PARTS * TILE; }
+};
+
+// What comes from memory: B and C by all threads that copy, x and decays of both tiles, or by each warpgroup of its own.
+template <What WHAT> struct Copies {
+  static constexpr int COUNT = STAGES<WHAT>, THREADS = HAS_COPIERS<WHAT> ? GROUP : 2 * GROUP, TILES = 2 * GROUP / THREADS;
+  static constexpr int COLUMNS = N < THREADS ? N : THREADS, PIECES = sizeof(Decays) / 16;
+  const Params& p;
+  const Work<WHAT>& w;
+  Shared<WHAT>& m;
+  const Strides &of_value, &of_matrix;
+  const int thread, first_tile;
+  const Rows<THREADS, COLUMNS> B, C;
+  const Rows<GROUP, TILE> x;
+  int sequence;  // of the chunk last copied
+
+  __device__ __forceinline__ Copies(const Params& p, const Work<WHAT>& w, Shared<WHAT>& m)
+      : p(p), w(w), m(m), of_value(BACK<WHAT> ? p.sdy : p.sx), of_matrix(BACK<WHAT> ? p.sC : p.sB),
+        thread(threadIdx.x % GROUP), first_tile(TILES == 1 ? this_group() : 0),
+        B((BACK<WHAT> ? p.C : p.B) + w.row * of_matrix.b + w.of_groups * of_matrix.h, of_matrix.l, threadIdx.x % THREADS),
+        C(p.C + w.row * p.sC.b + w.of_groups * p.sC.h, p.sC.l, threadIdx.x % THREADS),
+        x((BACK<WHAT> ? p.dy : p.x) + w.row * of_value.b, of_value.l, thread),
+        sequence(PACKED ? sequence_of(p, w.chunk(0)) : 0) {}
+
+  // The chunk number i of the way; nothing after the last one, but groups of copies are counted.
+  __device__ __forceinline__ void start(int i) {
+    if (i < w.count) {
+      auto& to = m.stages[i % COUNT];
+      const int chunk = w.chunk(i);
+      if (PACKED) sequence = follow(p, chunk, sequence);
+      const Place at = place_of(p, chunk, sequence);
+#pragma unroll
+      for (int n = 0; n < N; n += COLUMNS) {
+        B.copy(to.B.v + n * CHUNK, at.start * of_matrix.l + n, at.count());
+        if constexpr (WHAT == OUTPUTS) C.copy(to.C.v + n * CHUNK, at.start * p.sC.l + n, at.count());
+      }
+#pragma unroll
+      for (int k = 0; k < TILES; ++k) {
+        const int tile = first_tile + k;
+        x.copy(to.x[tile].v, at.start * of_value.l + w.head(tile) * of_value.h + w.channel(tile), at.count());
+      }
+      if (thread < TILES * PIECES) {
+        const int tile = first_tile + thread / PIECES, piece = thread % PIECES * 16;
+        const Decays& from = p.decays[(w.row * p.chunks + chunk) * p.heads + w.head(tile)];
+        copy_piece(reinterpret_cast<char*>(&to.decays[tile]) + piece, reinterpret_cast<const char*>(&from) + piece, true);
+      }
+    }
+    commit_copies();
+  }
+  template <int PENDING> __device__ __forceinline__ void arrive() {  // for the tensor cores too
+    await_copies_but<PENDING>();
+    publish();
+    __syncthreads();
+  }
+};
 
 template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
-  constexpr bool BACK = WHAT == FLOWS || WHAT == FLOW_ENDS, IS_ENDS = WHAT == ENDS || WHAT == FLOW_ENDS;
+  constexpr int COUNT = STAGES<WHAT>;
   extern __shared__ __align__(1024) char memory[];
-  Shared<WHAT == OUTPUTS>& m = *reinterpret_cast<Shared<WHAT == OUTPUTS>*>(memory);
+  Shared<WHAT>& m = *reinterpret_cast<Shared<WHAT>*>(memory);
   const int thread = threadIdx.x % GROUP, group = this_group(), lane = thread % 32, warp = thread / 32;
   const int r = 16 * warp + lane / 4, c = 2 * (lane % 4);  // this thread's rows r and r + 8, columns c and c + 1 of eight
-
-  // Which tiles, segment and row.
-  const int heads = (int)(p.heads / p.groups), tiles = heads * PARTS;
-  const int pairs = (tiles + 1) / 2, work = (int)p.groups * pairs, taken = WHAT == OUTPUTS ? (int)p.taken : 1;
-  const int counted = IS_ENDS ? (int)p.ends : ((int)p.segments + taken - 1) / taken;
-  const int pair = blockIdx.x % work % pairs, of_groups = blockIdx.x % work / pairs;
-  const int segment = blockIdx.x / work % counted * taken + (WHAT == FLOW_ENDS);
-  const i64 row = blockIdx.x / work / counted;
-  const int tile = least(2 * pair + group, tiles - 1);
-  const bool active = 2 * pair + group < tiles;  // the second tile of a pair may not exist: it is the first once more
-  const int head = of_groups * heads + tile / PARTS, channel = tile % PARTS * TILE;
-  const int first = segment * (int)p.segment, last = least(first + taken * (int)p.segment, (int)p.chunks);
-
-  const Strides& of_value = BACK ? p.sdy : p.sx;
-  const Strides& of_matrix = BACK ? p.sC : p.sB;
-  const bfloat16* value = (BACK ? p.dy : p.x) + row * of_value.b + head * of_value.h + channel;
-  const bfloat16* matrix = (BACK ? p.C : p.B) + row * of_matrix.b + of_groups * of_matrix.h;
-  const bfloat16* other = p.C + row * p.sC.b + of_groups * p.sC.h;
-  constexpr int COUNT = STAGES<WHAT == OUTPUTS>;
+  const Work<WHAT> w(p);
+  Copies<WHAT> copies(p, w, m);
+  if constexpr (HAS_COPIERS<WHAT>) {
+    if (group == 2) {
+      limit_registers<OF_COPIERS>();
+      copies.start(0);
+      if (AHEAD<WHAT>) {
+        copies.template arrive<0>();
+        copies.start(1);
+      }
+      for (int i = 0; i < w.count; ++i) {
+        copies.template arrive<0>();
+        copies.start(i + COUNT - 1);
+      }
+      return;
+    }
+    extend_registers<OF_WALKERS>();
+  }
+  const int head = w.head(group), channel = w.channel(group), count = w.count;
+  const bool active = w.active(group);
+  const i64 row = w.row;
   const i64 y_step = p.heads * p.width;
   bfloat16* rows_y = p.y + (row * p.length + thread / 8) * y_step + head * p.width + channel + thread % 8 * 8;
-  const float* edge = BACK ? p.d_final : p.initial;
+  const float* edge = BACK<WHAT> ? p.d_final : p.initial;
   float* far_edge = WHAT == OUTPUTS ? p.final_state : WHAT == FLOWS ? p.d_initial : nullptr;
-  bfloat16* states = BACK ? p.flows : p.states;
+  bfloat16* states = BACK<WHAT> ? p.flows : p.states;
 
   auto state_at = [&](i64 index) { return ((index * p.heads + head) * p.width + channel) * N; };
   float h[N / 2];  // (p, n)
@@ -79,34 +164,16 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     to += state_at(index);
     each_state([&](float low, float high, i64 at) { *reinterpret_cast<float2*>(to + at) = make_float2(low, high); });
   };
-  if (!IS_ENDS && p.ends > 0) enter(p.passed, row * p.segments + segment);
-  else if (!IS_ENDS && !PACKED) enter(edge, row);
+  if (!IS_ENDS<WHAT> && p.ends > 0) enter(p.passed, row * p.segments + w.segment);
+  else if (!IS_ENDS<WHAT> && !PACKED) enter(edge, row);
   else enter(nullptr, 0);
 
-  int sequence = PACKED ? sequence_of(p, BACK ? last - 1 : first) : (int)row;
-  int coming = sequence;  // of the chunk that is copied
-  auto chunk_at = [&](int i) { return BACK ? last - 1 - i : first + i; };
-  const Rows<2 * GROUP, N> rows_B(matrix, of_matrix.l, threadIdx.x), rows_C(other, p.sC.l, threadIdx.x);
-  const Rows<GROUP, TILE> rows_x(value, of_value.l, thread);
-  const char* decays_of = reinterpret_cast<const char*>(p.decays + (row * p.chunks * p.heads + head)) + 16 * thread;
-  auto copy = [&](int i) {  // the chunk number i of the way
-    auto& to = m.stages[i % COUNT];
-    const int chunk = chunk_at(i);
-    if (PACKED) coming = follow(p, chunk, coming);
-    const Place at = place_of(p, chunk, coming);
-    rows_B.copy(to.B, at.start * of_matrix.l, at.count());
-    if constexpr (WHAT == OUTPUTS) rows_C.copy(to.C, at.start * p.sC.l, at.count());
-    rows_x.copy(to.x[group], at.start * of_value.l, at.count());
-    if (thread < (int)sizeof(Decays) / 16)
-      copy_piece(reinterpret_cast<char*>(&to.decays[group]) + 16 * thread, decays_of + chunk * p.heads * sizeof(Decays), true);
-    commit_copies();
-  };
+  int sequence = PACKED ? sequence_of(p, w.chunk(0)) : 0;
   float passing = 0.f;
   float skip[2];
   if (WHAT == OUTPUTS)
     for (int i = 0; i < 2; ++i) skip[i] = p.D ? p.D[head * p.D_h + (channel + r + 8 * i) * p.D_p] : 0.f;
 
-  const int count = last - first;
   float scores[CHUNK / 2];
   auto find_scores = [&](auto& of) {
     begin_products();
@@ -115,37 +182,34 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
       multiply<false, false>(scores, by_rows(of.C, 16 * k), by_rows(of.B, 16 * k), k > 0);
     commit_products();
   };
-  auto arrive = [&] {  // what was copied is there, for the tensor cores too
-    await_copies_but<0>();
-    publish();
-    __syncthreads();
-  };
   auto& leaving = m.leaving[group];
 
-  copy(0);
-  if (COUNT == 3) {
-    arrive();
-    if (count > 1) copy(1);
-    if constexpr (WHAT == OUTPUTS) find_scores(m.stages[0]);
+  if constexpr (AHEAD<WHAT>) {
+    __syncthreads();  // the first chunk is there
+    find_scores(m.stages[0]);
     await_products<0>();
     hold(scores);
+  } else if constexpr (!HAS_COPIERS<WHAT>) {
+    for (int i = 0; i < COUNT - 1; ++i) copies.start(i);
   }
   for (int i = 0; i < count; ++i) {
     auto& now = m.stages[i % COUNT];
     const Decays& decays = now.decays[group];
-    if (COUNT == 2) {
-      arrive();
-      if (i + 1 < count) copy(i + 1);
-      if constexpr (WHAT == OUTPUTS) find_scores(now);
+    if constexpr (!HAS_COPIERS<WHAT>) {
+      copies.template arrive<COUNT - 2>();
+      copies.start(i + COUNT - 1);
+    } else if constexpr (!AHEAD<WHAT>) {
+      __syncthreads();
+      find_scores(now);
     }
-    const int chunk = chunk_at(i);
+    const int chunk = w.chunk(i);
     if (PACKED) sequence = follow(p, chunk, sequence);
     const Place at = place_of(p, chunk, sequence);
-    if (PACKED && (BACK ? at.is_last() : at.is_first())) {
+    if (PACKED && (BACK<WHAT> ? at.is_last() : at.is_first())) {
       enter(edge, sequence);
       passing = NOTHING;
     }
-    if (IS_ENDS) passing += decays.log[CHUNK - 1];
+    if (IS_ENDS<WHAT>) passing += decays.log[CHUNK - 1];
     if (WHAT == STATES || WHAT == FLOWS) {
       sync_group(group);  // the states of the chunk before have left
 #pragma unroll
@@ -221,7 +285,7 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     for (int k = 0; k < N / 2; ++k) h[k] *= left;
     hold(h);
     if constexpr (WHAT == OUTPUTS && !WIDE) read_state(0);
-    const float* weights = BACK ? decays.since : decays.until;
+    const float* weights = BACK<WHAT> ? decays.since : decays.until;
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k) {
       fetch_transposed(x[k], now.x[group], 16 * k, 16 * warp);
@@ -240,8 +304,7 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     if constexpr (WHAT == OUTPUTS) {
       if (!WIDE) {
         weigh_scores();
-        arrive();  // the next chunk; and all have done with the one before
-        if (i + 2 < count) copy(i + 2);
+        __syncthreads();  // the next chunk is there; and all have done with the one before
         await_products<1>();
       }
       hold(y);
@@ -280,39 +343,52 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
     }
     await_products<0>();
     hold(h);
-    if (COUNT == 3) hold(scores);
-    if (PACKED && far_edge && (BACK ? at.is_first() && at.start < at.end : at.is_last())) leave(far_edge, sequence);
+    if (AHEAD<WHAT>) hold(scores);
+    if (PACKED && far_edge && (BACK<WHAT> ? at.is_first() && at.start < at.end : at.is_last())) leave(far_edge, sequence);
   }
-  if (IS_ENDS) {  // where the next segment is entered
-    const i64 next = row * p.segments + segment + (BACK ? -1 : 1);
+  if (IS_ENDS<WHAT>) {  // where the next segment is entered
+    const i64 next = row * p.segments + w.segment + (BACK<WHAT> ? -1 : 1);
     leave(p.passed, next);
     if (active && thread == 0 && channel == 0) p.totals[next * p.heads + head] = passing;
-  } else if (!PACKED && far_edge && (BACK ? first == 0 : last == p.chunks)) {
+  } else if (!PACKED && far_edge && (BACK<WHAT> ? w.first == 0 : w.first + count == p.chunks)) {
     leave(far_edge, row);
   }
 }
 
 #define KERNEL(BLOCKS) extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS)
-KERNEL(1) outputs(const __grid_constant__ Params p) { walk<OUTPUTS>(p); }
+extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) outputs(const __grid_constant__ Params p) { walk<OUTPUTS>(p); }
 KERNEL(WIDE ? 1 : 2) states(const __grid_constant__ Params p) { walk<STATES>(p); }
 KERNEL(WIDE ? 1 : 2) ends(const __grid_constant__ Params p) { walk<ENDS>(p); }
 KERNEL(WIDE ? 1 : 2) flows(const __grid_constant__ Params p) { walk<FLOWS>(p); }
 KERNEL(WIDE ? 1 : 2) flow_ends(const __grid_constant__ Params p) { walk<FLOW_ENDS>(p); }
 
-// From the ends of segments, each from zeros, to the states that segments are entered with: a thread a state.
-template <bool BACK> __device__ __forceinline__ void pass_on(const Params& p) {
-  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, size = p.heads * p.width * N;
+// From the ends of segments, each from zeros, to the states that segments are entered with. A thread has four neighbours of
+// a head's states, and asks for several segments' at once: one by one it would wait for memory as often.
+template <What WHAT> __device__ __forceinline__ void pass_on(const Params& p) {
+  constexpr int TOGETHER = 8;
+  const i64 i = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), size = p.heads * p.width * N;
   if (i >= p.batch * size) return;
   const i64 row = i / size, head = i % size / (p.width * N);
-  const float* edge = BACK ? p.d_final : p.initial;
-  float state = !PACKED && edge ? edge[i] : 0.f;
-  for (int k = 0; k <= p.ends; ++k) {
-    const i64 at = row * p.segments + (BACK ? p.segments - 1 - k : k);
-    float* of_segment = p.passed + at * size + i % size;
-    if (k > 0) state = fmaf(exp2_fast(p.totals[at * p.heads + head]), state, *of_segment);
-    *of_segment = state;
+  const float* edge = BACK<WHAT> ? p.d_final : p.initial;
+  float4 state = !PACKED && edge ? *reinterpret_cast<const float4*>(edge + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+  auto segment = [&](int k) { return row * p.segments + (BACK<WHAT> ? p.segments - 1 - k : k); };
+  auto at = [&](int k) { return reinterpret_cast<float4*>(p.passed + segment(k) * size + i % size); };
+  *at(0) = state;
+  for (int first = 1; first <= p.ends; first += TOGETHER) {
+    float4 ends[TOGETHER];
+    float left[TOGETHER];
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k)
+      if (first + k <= p.ends) ends[k] = *at(first + k), left[k] = exp2_fast(p.totals[segment(first + k) * p.heads + head]);
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k) {
+      if (first + k > p.ends) break;
+      state.x = fmaf(left[k], state.x, ends[k].x), state.y = fmaf(left[k], state.y, ends[k].y);
+      state.z = fmaf(left[k], state.z, ends[k].z), state.w = fmaf(left[k], state.w, ends[k].w);
+      *at(first + k) = state;
+    }
   }
 }
 
-extern "C" __global__ void pass_states(const __grid_constant__ Params p) { pass_on<false>(p); }
-extern "C" __global__ void pass_flows(const __grid_constant__ Params p) { pass_on<true>(p); }
+extern "C" __global__ void pass_states(const __grid_constant__ Params p) { pass_on<STATES>(p); }
+extern "C" __global__ void pass_flows(const __grid_constant__ Params p) { pass_on<FLOWS>(p); }

@@ -11,32 +11,55 @@ constexpr float LOWEST = -160.f;
 
 using DT = Stored<DT_KIND>::type;
 
+constexpr int WARPS = 8;  // of a block. Neighbouring ones have neighbouring heads, whose steps lie side by side in memory
+
+struct Shared {
+  DT raw[WARPS][CHUNK + 2];  // or the gradients of that
+  i64 places[WARPS];
+  int counts[WARPS];
+};
+
+// Each position's numbers of all the block's warps together, where a warp by itself would have one number a position.
+template <class Function> __device__ __forceinline__ void each_number(const Shared& m, i64 step, Function function) {
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x; i < WARPS * CHUNK; i += WARPS * 32) {
+    const int warp = i % WARPS, t = i / WARPS;
+    if (t < m.counts[warp]) function(warp, t, m.places[warp] + t * step);
+  }
+  __syncthreads();
+}
+
 struct Warp {  // its chunk and head, and what its thread knows of two positions
   i64 index, chunk, row;
-  int head, t, lane;
+  int warp, head, t, lane;
+  bool there;
   Place at;
   float step[2], slope[2];  // the step, and its derivative by dt
 
-  __device__ __forceinline__ bool find(const Params& p) {
-    index = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  __device__ __forceinline__ Warp(const Params& p, Shared& m) {
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = 2 * lane;
+    index = (i64)blockIdx.x * WARPS + warp;
     chunk = index / p.heads, head = (int)(index % p.heads);
-    if (chunk >= p.batch * p.chunks) return false;
-    lane = threadIdx.x % 32, t = 2 * lane;
-    row = PACKED ? 0 : chunk / p.chunks;
-    const int of_row = (int)(chunk - row * p.chunks);
+    there = chunk < p.batch * p.chunks;
+    row = PACKED || !there ? 0 : chunk / p.chunks;
+    const int of_row = there ? (int)(chunk - row * p.chunks) : 0;
     at = place_of(p, of_row, PACKED ? sequence_of(p, of_row) : 0);
-    const DT* dt = (const DT*)p.dt + row * p.sdt.b + at.start * p.sdt.l + head * p.sdt.h;
+    if (lane == 0) {
+      m.counts[warp] = there ? at.count() : 0;
+      m.places[warp] = row * p.sdt.b + at.start * p.sdt.l + head * p.sdt.h;
+    }
+    each_number(m, p.sdt.l, [&](int warp, int t, i64 from) { m.raw[warp][t] = ((const DT*)p.dt)[from]; });
     for (int i = 0; i < 2; ++i) {
       step[i] = slope[i] = 0.f;
-      if (t + i >= at.count()) continue;  // beyond the sequence the state stays as it was
-      float raw = widen<DT_KIND>(dt[(t + i) * p.sdt.l]);
+      if (!there || t + i >= at.count()) continue;  // beyond the sequence the state stays as it was
+      float raw = widen<DT_KIND>(m.raw[warp][t + i]);
       if (HAS_BIAS) raw += p.bias[head];
       const float free = SOFTPLUS ? softplus(raw) : raw;
       step[i] = LIMITED ? fminf(fmaxf(free, p.low), p.high) : free;
       slope[i] = SOFTPLUS ? sigmoid(raw) : 1.f;
       if (LIMITED && (free < p.low || free > p.high)) slope[i] = 0.f;
     }
-    return true;
   }
 };
 
@@ -56,19 +79,21 @@ __device__ __forceinline__ float sum_of_all(float v) {
 }
 
 extern "C" __global__ void steps(const __grid_constant__ Params p) {
-  Warp w;
-  if (!w.find(p)) return;
+  extern __shared__ __align__(16) char memory[];
+  const Warp w(p, *reinterpret_cast<Shared*>(memory));
+  if (!w.there) return;
   const float rate = p.A[w.head] * LOG2E;
   const float log[2] = {fmaxf(w.step[0] * rate, LOWEST), fmaxf(w.step[1] * rate, LOWEST)};
   const float both = sum_up_to(log[0] + log[1], w.lane), total = sum_of_all(log[0] + log[1]);
   const float since[2] = {both - log[1], both};
   Decays& to = p.decays[w.index];
-  for (int i = 0; i < 2; ++i) {
-    to.log[w.t + i] = since[i];
-    to.step[w.t + i] = w.step[i];
-    to.until[w.t + i] = w.step[i] * exp2_fast(total - since[i]);
-    to.since[w.t + i] = exp2_fast(since[i]);
-  }
+  auto put = [&](float (&row)[CHUNK], float first, float second) {
+    *reinterpret_cast<float2*>(row + w.t) = make_float2(first, second);
+  };
+  put(to.log, since[0], since[1]);
+  put(to.step, w.step[0], w.step[1]);
+  put(to.until, w.step[0] * exp2_fast(total - since[0]), w.step[1] * exp2_fast(total - since[1]));
+  put(to.since, exp2_fast(since[0]), exp2_fast(since[1]));
 }
 
 // What the backward pass leaves for each tile and position, and what of it passes the decay at t: the flows that end at t
@@ -76,18 +101,19 @@ extern "C" __global__ void steps(const __grid_constant__ Params p) {
 enum Sum { ENDING, PASSING, ENTERING, DIRECT };
 
 extern "C" __global__ void d_steps(const __grid_constant__ Params p) {
-  Warp w;
-  if (!w.find(p)) return;
+  extern __shared__ __align__(16) char memory[];
+  Shared& m = *reinterpret_cast<Shared*>(memory);
+  const Warp w(p, m);
   float behind[2] = {}, into[2] = {}, direct[2] = {}, whole = 0.f;
   const i64 tiles = p.batch * p.chunks * p.heads * PARTS;  // of a slice
-  for (i64 part = 0; part < p.slices * PARTS; ++part) {
+  for (i64 part = 0; part < (w.there ? p.slices * PARTS : 0); ++part) {
     const i64 tile = part / PARTS * tiles + w.index * PARTS + part % PARTS;
     const float* sums = p.sums + tile * (4 * CHUNK) + w.t;
-    for (int i = 0; i < 2; ++i) {
-      behind[i] += sums[ENDING * CHUNK + i] + sums[PASSING * CHUNK + i];
-      into[i] += sums[ENTERING * CHUNK + i];
-      direct[i] += sums[DIRECT * CHUNK + i];
-    }
+    auto get = [&](Sum which) { return *reinterpret_cast<const float2*>(sums + which * CHUNK); };
+    const float2 ending = get(ENDING), passing = get(PASSING), entering = get(ENTERING), of_step = get(DIRECT);
+    behind[0] += ending.x + passing.x, behind[1] += ending.y + passing.y;
+    into[0] += entering.x, into[1] += entering.y;
+    direct[0] += of_step.x, direct[1] += of_step.y;
     whole += p.of_chunks[tile * 2];
   }
   const float earlier = sum_up_to(into[0] + into[1], w.lane) - (into[0] + into[1]);
@@ -95,14 +121,15 @@ extern "C" __global__ void d_steps(const __grid_constant__ Params p) {
   const float d_log[2] = {later + behind[1] + behind[0] + earlier + whole, later + behind[1] + earlier + into[0] + whole};
   const float rate = p.A[w.head];
   float of_rate = 0.f, of_bias = 0.f;
-  DT* to = (DT*)p.d_dt + ((w.row * p.length + w.at.start) * p.heads + w.head);
   for (int i = 0; i < 2; ++i) {
     const float d_raw = (direct[i] + rate * d_log[i]) * w.slope[i];
     of_rate += w.step[i] * d_log[i], of_bias += d_raw;
-    if (w.t + i < w.at.count()) to[(w.t + i) * p.heads] = narrow<DT_KIND>(d_raw);
+    m.raw[w.warp][w.t + i] = narrow<DT_KIND>(d_raw);
   }
+  if (w.lane == 0) m.places[w.warp] = (w.row * p.length + w.at.start) * p.heads + w.head;
+  each_number(m, p.heads, [&](int warp, int t, i64 to) { ((DT*)p.d_dt)[to] = m.raw[warp][t]; });
   of_rate = sum_of_all(of_rate), of_bias = sum_of_all(of_bias);
-  if (w.lane == 0) {
+  if (w.lane == 0 && w.there) {
     p.partial_A[w.chunk * 2 * p.heads + w.head] = of_rate;
     p.partial_A[(w.chunk * 2 + 1) * p.heads + w.head] = of_bias;
   }
