@@ -79,21 +79,20 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     x, B, C, dy = map(aligned, (x, B, C, dy))
     A, dt_bias = dense(A, dt_bias)
     with runtime.on_device_of(x):
-        plan = backward_plan(described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+        plans = backward_plan(described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
         dx, d_dt, dA = empty_like(x), empty_like(dt), empty_like(A)
         dD, d_bias = (None if t is None else empty_like(t) for t in (D, dt_bias))
-        scratch = Scratch(A, plan.scratch)
-        of_all = dict(x=x, dt=dt, dy=dy, A=A, bias=dt_bias, D=D, offsets=cu_seqlens, dx=dx, d_dt=d_dt)
-        plan.steps.run(scratch, **of_all)
+        scratch = Scratch(A, plans[0].scratch)
+        of_all = dict(x=x, dt=dt, dy=dy, A=A, bias=dt_bias, D=D, offsets=cu_seqlens)
+        of_all.update(dx=dx, d_dt=d_dt, dA=dA, d_bias=d_bias, dD=dD)
         found = []
-        for of_slice, (b, c, initial, d_end) in zip(plan.slices, slices(B, C, initial_state, d_final), strict=True):
+        for plan, (b, c, initial, d_end) in zip(plans, slices(B, C, initial_state, d_final), strict=True):
             initial, d_end = map(aligned, dense(initial, d_end))
             dB, dC = empty_like(b), empty_like(c)
             d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
             tensors = dict(B=b, C=c, initial=initial, d_final=d_end, dB=dB, dC=dC, d_initial=d_initial)
-            of_slice.run(scratch, **of_all, **tensors)
+            plan.run(scratch, **of_all, **tensors)
             found.append((dB, dC, d_initial))
-        plan.sums.run(scratch, **of_all, dA=dA, d_bias=d_bias, dD=dD)
     dB, dC, d_initial = found[0] if len(found) == 1 else (joined(t) for t in zip(*found, strict=True))
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
 
@@ -188,8 +187,8 @@ class Described(NamedTuple):
     def segments(self, blocks: int, finer: int = 1) -> Segments:
         """So that there are so many blocks for each multiprocessor. Ends can be those of `finer` segments."""
         processors = runtime.multiprocessors(self.device)
-        # Not cut where one block each is nearly enough, though two would hide each other's waiting: ends take longer than
-        # that saves (8 x 4096, n = 128, 128 pairs for 132 multiprocessors: 0.80 ms backward and forward for 0.87).
+        # Not cut where one block each is nearly enough, though two would hide each other's waiting: ends take longer
+        # than that saves (8 x 4096, n = 128, 128 pairs for 132 multiprocessors: 0.80 ms in all for 0.87).
         wanted = 1 if self.pairs >= 0.9 * processors else blocks * processors // self.pairs
         length = -(-self.chunks // max(1, min(wanted, self.chunks)))
         if length == self.chunks or length < 4 * finer:  # of a few chunks, a part of one counts too much
@@ -251,13 +250,6 @@ def described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) ->
     )
 
 
-class BackwardPlan(NamedTuple):
-    steps: Plan
-    slices: tuple[Plan, ...]  # of states
-    sums: Plan
-    scratch: Sizes
-
-
 @functools.lru_cache(maxsize=1024)
 def forward_plan(call: Described) -> Plan:
     n = call.B.shape[-1]
@@ -269,7 +261,8 @@ def forward_plan(call: Described) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(call: Described) -> BackwardPlan:
+def backward_plan(call: Described) -> tuple[Plan, ...]:
+    """One for each slice of states, on the same memory."""
     rows, length, heads, width = call.x.shape
     groups, n = call.B.shape[2:]
     each = min(n, SLICE)
@@ -277,11 +270,6 @@ def backward_plan(call: Described) -> BackwardPlan:
     of_groups = rows * call.chunks * groups
     splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(call.device) // of_groups, heads // groups))
     segments = call.segments(STATES_BLOCKS)
-    launches = [
-        *call.walk("states", "ends", "pass_states", each, segments),
-        *call.walk("flows", "flow_ends", "pass_flows", each, segments),
-    ]
-    after: list[Launch] = []
     scratch = [
         ("decays", call.of_chunks * 4 * CHUNK),
         *call.passed(each, segments),
@@ -292,25 +280,23 @@ def backward_plan(call: Described) -> BackwardPlan:
     ]
     if count > 1:
         scratch += [("between", of_groups * splits * CHUNK * CHUNK // 2)]  # of bfloat16
+    entries = rows * length * groups * each
     if splits > 1:
-        entries = rows * length * groups * each
-        kernel = call.kernel_of_steps("add_splits", each)
-        after.append((kernel, -(-entries // kernel.threads)))  # a thread has two of dB or of dC
         scratch += [(name, splits * entries) for name in ("partial_B", "partial_C")]
     add_chunks = call.kernel_of_steps("add_chunks", each)
-    sums = (call.steps("d_steps", each), (add_chunks, -(-3 * heads * 32 // add_chunks.threads)))
-    slices = []
+    plans = []
     for i in range(count):
-        kernel = call.kernel("backward_later" if i else "backward", each)
-        of_slice = call.parameters(segments, splits, i, count)
-        slices.append(Plan(of_slice, (*launches, (kernel, of_groups * splits), *after)))
-    of_all = call.parameters(segments, slices=count)
-    return BackwardPlan(
-        Plan(of_all, (call.steps("steps", each),)),
-        tuple(slices),
-        Plan(of_all, sums),
-        tuple(scratch),
-    )
+        launches = [call.steps("steps", each)] if i == 0 else []
+        launches += call.walk("states", "ends", "pass_states", each, segments)
+        launches += call.walk("flows", "flow_ends", "pass_flows", each, segments)
+        launches += [(call.kernel("backward_later" if i else "backward", each), of_groups * splits)]
+        if splits > 1:
+            kernel = call.kernel_of_steps("add_splits", each)
+            launches += [(kernel, -(-entries // kernel.threads))]  # a thread has two of dB or of dC
+        if i == count - 1:
+            launches += [call.steps("d_steps", each), (add_chunks, -(-3 * heads * 32 // add_chunks.threads))]
+        plans.append(Plan(call.parameters(segments, splits, i, count), tuple(launches), tuple(scratch)))
+    return tuple(plans)
 
 
 def _in_eights(t: Tensor) -> bool:
@@ -336,7 +322,7 @@ def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.
     if name in ("steps", "d_steps"):
         warps, of_dt = THREADS // 32, 4 if dict(macros)["DT_KIND"] == 0 else 2
         shared = warps * ((CHUNK + 2) * of_dt + 8 + 4)
-    if name == "outputs":
+    elif name == "outputs":
         stages = 3 if n <= 128 else 2
         shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 4 * signal
     elif name.startswith("backward"):
