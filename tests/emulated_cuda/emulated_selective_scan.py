@@ -45,7 +45,7 @@ def test_cases(case: Any, dtype: torch.dtype, length: int):
     check(ops.selective_scan, case.inputs(dtype=dtype, length=length, **SIZES), "emulated")
 
 
-@pytest.mark.parametrize("n", (1, 8, 24, 64, 128, 256))
+@pytest.mark.parametrize("n", (1, 8, 24, 40, 64, 72, 128, 136, 256))
 def test_state_sizes(n: int):
     case = next(case for case in RUN if case.name == "everything")
     check(ops.selective_scan, case.inputs(length=40, b=1, d=20, n=n), "emulated")

@@ -1,12 +1,13 @@
 """A stand-in for NVRTC, the driver and the GPU: CUDA kernels are compiled for the CPU and run there, thread by thread.
 
 Nothing of this is fast, and it says nothing about races within a warp; but every line of the kernels runs, on poisoned
-shared memory. The tests beside this file hold them against the float64 reference; tests/test_ops_cuda.py runs them, in
+shared memory, and what lies around each tensor that they write is looked at afterwards. The tests beside this file hold them against the float64 reference; tests/test_ops_cuda.py runs them, in
 a process of their own, for what is imported here is put in the place of the GPU's packages.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -25,7 +26,7 @@ sys.modules["cuda.bindings"].__dict__.update(
     driver=types.SimpleNamespace(CUmodule=object), nvrtc=types.SimpleNamespace()
 )
 
-from ophis.ops.cuda import runtime
+from ophis.ops.cuda import plans, runtime
 
 HERE = Path(__file__).parent
 LAUNCH = """
@@ -84,8 +85,35 @@ class Kernel:
 
     def __call__(self, blocks: int, parameters: Any, stream: int) -> None:
         self.function(ctypes.c_long(blocks), self.threads, ctypes.c_long(self.shared), ctypes.byref(parameters))
+        whole = all((part == UNTOUCHED).all() for memory in guarded for part in (memory[:GUARD], memory[-GUARD:]))
+        if not whole:
+            guarded.clear()  # the next test is not to blame
+        assert whole, "written past a tensor"
 
 
+GUARD, UNTOUCHED = 4096, 0x5A  # bytes before and after each tensor, and what they hold
+guarded: collections.deque[torch.Tensor] = collections.deque(maxlen=64)  # memory lately handed out
+
+
+def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+    dtype = dtype or self.dtype
+    memory = torch.full((2 * GUARD + shape.numel() * dtype.itemsize,), UNTOUCHED, dtype=torch.uint8)
+    guarded.append(memory)
+    return memory[GUARD : memory.numel() - GUARD].view(dtype).view(shape)
+
+
+class Scratch:
+    """Each part by itself, since the next one would hide what is written past the end."""
+
+    def __init__(self, like: torch.Tensor, sizes: plans.Sizes):
+        self.parts = {name: new_empty(like, size) for name, size in sizes}
+        self.addresses = {name: part.data_ptr() for name, part in self.parts.items()}
+
+
+torch.Tensor.new_empty = new_empty  # type: ignore[assignment]
+plans.empty_like = lambda t: new_empty(t, t.shape)
+plans.Scratch = Scratch  # type: ignore[misc]
 runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
 runtime.on_device_of = lambda x: contextlib.nullcontext()
 runtime.stream = lambda: 0

@@ -165,7 +165,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
 def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """Of float32, or of pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
     b, l, d = x.shape
-    states = -(-d // 16) * 16 * -(-A.shape[1] // 16) * 16
+    states = -(-d // 16) * 16 * -(-padded(A.shape[1]) // 16) * 16
     return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
 
 
