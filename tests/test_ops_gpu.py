@@ -46,7 +46,7 @@ def test_scan_of_one_long_row(backend: str, dtype: torch.dtype):
     checked("selective_scan", backend, fullest("selective_scan", dtype=dtype, length=5000, b=1, d=96, n=16))
 
 
-@pytest.mark.parametrize(("n", "g"), [(1, 1), (8, 2), (16, 4), (24, 1), (64, 2), (128, 1), (256, 1)])
+@pytest.mark.parametrize(("n", "g"), [(1, 1), (8, 2), (16, 4), (24, 1), (40, 1), (64, 2), (128, 1), (136, 1), (256, 1)])
 @pytest.mark.parametrize("backend", OF_SCAN)
 def test_scan_of_any_state_size(backend: str, n: int, g: int):
     checked(

@@ -1,8 +1,9 @@
 """A stand-in for NVRTC, the driver and the GPU: CUDA kernels are compiled for the CPU and run there, thread by thread.
 
 Nothing of this is fast, and it says nothing about races within a warp; but every line of the kernels runs, on poisoned
-shared memory, and what lies around each tensor that they write is looked at afterwards. The tests beside this file hold them against the float64 reference; tests/test_ops_cuda.py runs them, in
-a process of their own, for what is imported here is put in the place of the GPU's packages.
+shared memory, and what lies around each tensor that they write is looked at afterwards. The tests beside this file hold
+them against the float64 reference; tests/test_ops_cuda.py runs them, in a process of their own, for what is imported
+here is put in the place of the GPU's packages.
 """
 
 from __future__ import annotations
