@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/interpreted_triton.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import bfloat16_in_interpreter
@@ -177,14 +177,6 @@ def test_second_gradients(name: str, case: Case):
         found.append(torch.autograd.grad([g.square().sum() for g in first], leaves))
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("name", "case"), [*FULLEST, *[call for call in PACKED if call.id == "causal_conv-packed"]])

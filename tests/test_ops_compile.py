@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +24,6 @@ CALLS = [
     # PyTorch takes some 20 s to trace a chunked SSD for any length; these two pass every line of it.
     if name != "ssd" or case.name in ("everything", "packed")
 ]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """One that would rather fail than compile the same code a second time."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("name", "case"), CALLS)

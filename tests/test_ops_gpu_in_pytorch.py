@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,15 +28,6 @@ pytestmark = [
 
 # What PyTorch's compilers and transports warn of is their own.
 theirs = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """One that would rather fail than compile the same code a second time."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
 
 
 def in_its_dtype(name: str, backend: str) -> torch.dtype:

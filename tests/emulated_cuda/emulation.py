@@ -92,7 +92,7 @@ class Kernel:
         assert whole, "written past a tensor"
 
 
-GUARD, UNTOUCHED = 4096, 0x5A  # bytes before and after each tensor, and what they hold
+GUARD, UNTOUCHED = 4096, 0xFF  # bytes before and after each tensor, and what all of it holds: NaN in every dtype
 guarded: collections.deque[torch.Tensor] = collections.deque(maxlen=64)  # memory lately handed out
 
 

@@ -16,6 +16,12 @@ struct Strides { i64 b, l, h; };  // h: of heads, or of groups for B and C; chan
 // Of a chunk and head, computed once: see `steps`.
 struct Decays { float log[CHUNK], step[CHUNK], until[CHUNK], since[CHUNK]; };
 
+constexpr int DECAYS_PIECES = sizeof(Decays) / 16;
+
+__device__ __forceinline__ void copy_piece(Decays& to, const Decays& from, int piece) {
+  copy_piece(reinterpret_cast<char*>(&to) + 16 * piece, reinterpret_cast<const char*>(&from) + 16 * piece, true);
+}
+
 struct Params {
   const bfloat16 *x, *B, *C, *dy;
   const void* dt;
@@ -78,8 +84,8 @@ __device__ __forceinline__ Place place_of(const Params& p, int chunk, int sequen
   return {begin, p.offsets[sequence + 1], begin + (chunk - begin / CHUNK - sequence) * CHUNK};
 }
 
-// `count` rows into so many columns of a matrix, zeros into the rest, by THREADS threads of which this one is `thread`. Their addresses are
-// found once: of each thread, every DOWN rows, eight numbers.
+// `count` rows into so many columns of a matrix, zeros into the rest, by THREADS threads of which this one is `thread`.
+// Their addresses are found once: of each thread, every DOWN rows, eight numbers.
 template <int THREADS, int COLUMNS> struct Rows {
   static constexpr int PIECES = COLUMNS / 8, DOWN = THREADS / PIECES;
   static_assert(DOWN % 8 == 0, "a thread's places in a matrix are then a constant apart");

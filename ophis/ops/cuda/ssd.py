@@ -326,8 +326,8 @@ def _kernel(name: str, macros: runtime.Macros, device: torch.device) -> runtime.
         stages = 3 if n <= 128 else 2
         shared = stages * (2 * matrix + 2 * signal + 2 * decays) + 4 * signal
     elif name.startswith("backward"):
-        sums = 16 * CHUNK // 8 * 128 + 2048
-        shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + sums
+        scores, sums = 16 * CHUNK // 8 * 128, 2048
+        shared = 2 * (2 * signal + 2 * matrix + decays) + 2 * matrix + signal + scores + sums
     elif name in ("states", "flows"):
         shared = 2 * (matrix + 1024 + 2 * signal + 2 * decays) + 2 * matrix + 2 * 1024
     elif name in ("ends", "flow_ends"):

@@ -103,16 +103,15 @@ template <bool LATER> struct Copies {
     dy.copy(to.dy.v, head * p.sdy.h + channel, b.at.count());
     before.copy(to.before.v, state, TILE);
     flow.copy(to.flow.v, state, TILE);
-    const char* decays = reinterpret_cast<const char*>(p.decays + (b.chunk * p.heads + head));
-    if (thread < sizeof(Decays) / 16)
-      copy_piece(reinterpret_cast<char*>(&to.decays) + 16 * thread, decays + 16 * thread, true);
+    if (thread < DECAYS_PIECES) copy_piece(to.decays, p.decays[b.chunk * p.heads + head], thread);
     commit_copies();
   }
 };
 
 // The tiles one after the other, each while the next one is on its way.
 template <bool COPYING, bool LATER, class Function>
-__device__ __forceinline__ void each_tile(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m, Function function) {
+__device__ __forceinline__ void each_tile(
+    const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m, Function function) {
   for (int i = 0; i < b.count; ++i) {
     if (i > 0) {
       if (COPYING) await_copies_but<0>(), publish();
@@ -135,7 +134,8 @@ __device__ __forceinline__ void keep_sums(const Params& p, const Block& b, const
   }
 }
 
-template <bool LATER> __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m) {
+template <bool LATER>
+__device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m) {
   const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r, c = b.c;
   float d_B[N / 2], between[CHUNK / 2];
 #pragma unroll
@@ -313,7 +313,8 @@ template <bool LATER> __device__ __forceinline__ void of_inputs(const Params& p,
   keep_sums(p, b, d_B, p.partial_B, p.dB);
 }
 
-template <bool LATER> __device__ __forceinline__ void of_outputs(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m) {
+template <bool LATER>
+__device__ __forceinline__ void of_outputs(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m) {
   const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r;
   bfloat16* const rows_dx = p.dx + (b.row * p.length + b.at.start) * p.heads * p.width;
   auto deliver = [&](int tile) {  // what the first warpgroup has left of it

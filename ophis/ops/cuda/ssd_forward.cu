@@ -24,6 +24,7 @@ template <What WHAT> constexpr bool BACK = WHAT == FLOWS || WHAT == FLOW_ENDS;
 // Where threads have most to do, others copy for them, and leave them registers: of three warpgroups a thread has 168.
 template <What WHAT> constexpr bool HAS_COPIERS = WHAT == OUTPUTS;
 constexpr int OF_WALKERS = 232, OF_COPIERS = 40;
+static_assert(2 * OF_WALKERS + OF_COPIERS <= 3 * 168);
 
 template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chunk
   Matrix<CHUNK, N> B;
@@ -34,8 +35,9 @@ template <bool WITH_OUTPUTS> struct Stage {  // what comes from memory for a chu
 
 template <What WHAT> struct Shared {
   Stage<WHAT == OUTPUTS> stages[STAGES<WHAT>];
-  Matrix<IS_ENDS<WHAT> ? 8 : TILE, WHAT == OUTPUTS || IS_ENDS<WHAT> ? CHUNK : N> leaving[2];  // the scores (t, s); or the states (p, n)
-  Matrix<WHAT == OUTPUTS ? CHUNK : 8, TILE> outputs[2];   // (t, p), in a place of their own: nobody waits for the scores
+  // The scores (t, s); or the states (p, n).
+  Matrix<IS_ENDS<WHAT> ? 8 : TILE, WHAT == OUTPUTS || IS_ENDS<WHAT> ? CHUNK : N> leaving[2];
+  Matrix<WHAT == OUTPUTS ? CHUNK : 8, TILE> outputs[2];  // (t, p), in a place of their own: nobody waits for the scores
 };
 
 template <What WHAT> struct Work {  // of a block: two tiles, through which chunks of which row
@@ -63,7 +65,7 @@ template <What WHAT> struct Work {  // of a block: two tiles, through which chun
 // What comes from memory: B and C by all threads that copy, x and decays of both tiles, or by each warpgroup of its own.
 template <What WHAT> struct Copies {
   static constexpr int COUNT = STAGES<WHAT>, THREADS = HAS_COPIERS<WHAT> ? GROUP : 2 * GROUP, TILES = 2 * GROUP / THREADS;
-  static constexpr int COLUMNS = N < THREADS ? N : THREADS, PIECES = sizeof(Decays) / 16;
+  static constexpr int COLUMNS = N < THREADS ? N : THREADS;
   const Params& p;
   const Work<WHAT>& w;
   Shared<WHAT>& m;
@@ -98,10 +100,10 @@ template <What WHAT> struct Copies {
         const int tile = first_tile + k;
         x.copy(to.x[tile].v, at.start * of_value.l + w.head(tile) * of_value.h + w.channel(tile), at.count());
       }
-      if (thread < TILES * PIECES) {
-        const int tile = first_tile + thread / PIECES, piece = thread % PIECES * 16;
-        const Decays& from = p.decays[(w.row * p.chunks + chunk) * p.heads + w.head(tile)];
-        copy_piece(reinterpret_cast<char*>(&to.decays[tile]) + piece, reinterpret_cast<const char*>(&from) + piece, true);
+      if (thread < TILES * DECAYS_PIECES) {
+        const int tile = first_tile + thread / DECAYS_PIECES;
+        const i64 from = (w.row * p.chunks + chunk) * p.heads + w.head(tile);
+        copy_piece(to.decays[tile], p.decays[from], thread % DECAYS_PIECES);
       }
     }
     commit_copies();
