@@ -182,6 +182,13 @@ def test_a_slow_backend_is_left_out_and_said_to_be(monkeypatch):
     assert not note.wrong
 
 
+def test_what_a_short_call_takes_whatever_its_length_is_not_multiplied(monkeypatch):
+    monkeypatch.setattr(ops, "SLOW", 0.003)
+    monkeypatch.setattr(timing, "seconds", lambda call, device: 0.002)
+    found = list(ops.run("selective_scan", CPU, quick=True, backends=["torch"], only="1 x 256"))
+    assert {row["length"] for row in found if isinstance(row, dict)} == {256}
+
+
 def test_published_times_are_joined_where_everything_is_the_same():
     rows = ops.read_against(PUBLISHED)
     row = {"op": "selective_scan", "case": "gated", "batch": 16, "length": 2048, "d": 2048, "n": 16, "w": "",

@@ -246,7 +246,7 @@ FIRST_CALL = """
 import os, sys, time, torch
 from pathlib import Path
 
-name, backend, lengths = sys.argv[1], sys.argv[2], [2048, 777, 1, 2049, 4096, 3, 100, 1000, 64, 16]
+name, backend, lengths = sys.argv[1], sys.argv[2], [2048, 3, 1, 777, 2049, 4096, 100, 1000, 64, 16]
 d, n = 2048, {"selective_scan": 16, "ssd": 128}[name]
 torch.zeros(1, device="cuda").add_(1)
 torch.cuda.synchronize()

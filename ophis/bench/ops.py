@@ -22,6 +22,7 @@ from ophis.ops import OPS
 from ophis.testing import STEPS, TOLERANCES, assert_close, check, error, is_differentiable, widened
 
 SLOW = 1.0  # seconds of a call above which a backend is not timed: PyTorch's scan of a hundred thousand positions
+SHORT = 0.01  # seconds, of which launching kernels may be a good part
 AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
 
 
@@ -116,16 +117,27 @@ def _fit_to_time(
         if checked[key]:
             yield Note(f"{shape}: {name} is wrong, and is not timed: {checked[key]}", wrong=True)
             continue
-        # The time grows at least with the length; on a CPU with the batch as well.
-        times = shape.sizes["l"] / sizes["l"] * (shape.sizes["b"] / sizes["b"] if device.type == "cpu" else 1)
-        call = Side(shape.op, name, function(shape.op, name), _own(small)).call(shape.directions[-1])
-        call()  # may compile: the check had a gradient of the final state as well
-        estimate = times * timing.seconds(call, device)
+        estimate = _seconds_of(shape, name, device)
         if estimate > SLOW:
             yield Note(f"{shape}: {name} would take {estimate:.0f} s a call, and is left out")
             continue
         names.append(name)
     return names
+
+
+def _seconds_of(shape: Shape, name: str, device: torch.device) -> float:
+    """About how long a call takes, from shorter ones: the time grows at least with the length; on a CPU with the batch
+    as well. Of a short one on a GPU most is the CPU's, which does not grow, so it is not multiplied by thousands."""
+    sizes, length = shapes.smaller(shape, device), shape.sizes["l"]
+    while True:
+        inputs = _own(shape.inputs(device, **sizes))
+        call = Side(shape.op, name, function(shape.op, name), inputs).call(shape.directions[-1])
+        call()  # may compile
+        took = timing.seconds(call, device)
+        times = length / sizes["l"] * (shape.sizes["b"] / sizes["b"] if device.type == "cpu" else 1)
+        if took * times <= SLOW or took >= SHORT or sizes["l"] == length:
+            return took * times
+        sizes["l"] = min(16 * sizes["l"], length)
 
 
 def _measure(

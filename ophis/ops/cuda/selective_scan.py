@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like
+from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like, facts, signals
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -133,9 +133,9 @@ def why_not_these(call) -> str | None:
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
     A, D, dt_bias, initial_state = dense(A, D, dt_bias, initial_state)
     with runtime.on_device_of(x):
-        call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
-        plan = forward_plan(call, keep)
-        y, final_state = empty_like(x), A.new_empty(call.states)
+        call = description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
+        plan = forward_plan(keep, *call)
+        y, final_state = empty_like(x), A.new_empty(len(x) if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
         kept = A.new_empty(kept_shape(x, A, cu_seqlens)) if keep else None
         if cu_seqlens is not None:  # what an empty sequence ends with
             final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
@@ -149,8 +149,8 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     with runtime.on_device_of(x):
-        call = described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
-        plan = backward_plan(call)
+        call = description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
+        plan = backward_plan(*call)
         dx, ddt, dA, dB, dC = map(empty_like, (x, dt, A, B, C))
         dD, dz, d_dt_bias, d_initial = (None if t is None else empty_like(t) for t in (D, z, dt_bias, initial_state))
         if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
@@ -188,11 +188,9 @@ class Described(NamedTuple):
     sequences: int  # 0: not packed
     device: torch.device
 
-    @property
-    def states(self) -> tuple[int, int, int]:
-        """The shape of the final state."""
-        b, _, d = self.x.shape
-        return self.sequences or b, d, self.n
+    @classmethod
+    def of(cls, of_tensors: tuple[Any, ...], *more: Any) -> Described:
+        return cls(*signals(of_tensors), *more)
 
     @property
     def groups(self) -> int:
@@ -216,13 +214,11 @@ class Described(NamedTuple):
         }
 
 
-def described(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -> Described:
+def description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -> tuple[Any, ...]:
+    """What makes a `Described`."""
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    return Described(
-        *(Signal.of(x), Signal.of(dt), Signal.of(B), Signal.of(C)),
-        *(None if z is None else Signal.of(z), None if dy is None else Signal.of(dy)),
-        *(A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device),
-    )
+    of_tensors = facts(x, dt, B, C, z, dy)
+    return of_tensors, A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device
 
 
 # The fields of `Params` in selective_scan.cuh, all of 64 bits.
@@ -234,7 +230,8 @@ POINTERS = (
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(call: Described, keep: bool) -> Plan:
+def forward_plan(keep: bool, *description: Any) -> Plan:
+    call = Described.of(*description)
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, shape = macros["N"], SHAPES[macros["N"]]
@@ -248,7 +245,8 @@ def forward_plan(call: Described, keep: bool) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(call: Described) -> Plan:
+def backward_plan(*description: Any) -> Plan:
+    call = Described.of(*description)
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)

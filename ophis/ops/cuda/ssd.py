@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like
+from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like, facts, signals
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
@@ -67,7 +67,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
     x, B, C, initial_state = map(aligned, (x, B, C, initial_state))
     with runtime.on_device_of(x):
-        plan = forward_plan(described(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+        plan = forward_plan(*description(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
         y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
         tensors = dict(x=x, B=B, C=C, dt=dt, A=A, bias=dt_bias, D=D, initial=initial_state, offsets=cu_seqlens)
         plan.run(Scratch(A, plan.scratch), **tensors, y=y, final_state=final_state)
@@ -79,7 +79,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     x, B, C, dy = map(aligned, (x, B, C, dy))
     A, dt_bias = dense(A, dt_bias)
     with runtime.on_device_of(x):
-        plans = backward_plan(described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+        plans = backward_plan(*description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
         dx, d_dt, dA = empty_like(x), empty_like(dt), empty_like(A)
         dD, d_bias = (None if t is None else empty_like(t) for t in (D, dt_bias))
         scratch = Scratch(A, plans[0].scratch)
@@ -160,6 +160,10 @@ class Described(NamedTuple):
     limit: tuple[float, ...]
     sequences: int  # 0: not packed
     device: torch.device
+
+    @classmethod
+    def of(cls, of_tensors: tuple[Any, ...], *more: Any) -> Described:
+        return cls(*signals(of_tensors), *more)
 
     @property
     def chunks(self) -> int:
@@ -242,16 +246,16 @@ class Described(NamedTuple):
         return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit])
 
 
-def described(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> Described:
+def description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> tuple[Any, ...]:
+    """What makes a `Described`."""
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    return Described(
-        *(Signal.of(x), Signal.of(dt), Signal.of(B), Signal.of(C), None if dy is None else Signal.of(dy)),
-        *(None if D is None else D.stride(), dt_bias is not None, dt_softplus, tuple(dt_limit), sequences, x.device),
-    )
+    skip, limit = None if D is None else D.stride(), tuple(dt_limit)
+    return facts(x, dt, B, C, dy), skip, dt_bias is not None, dt_softplus, limit, sequences, x.device
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(call: Described) -> Plan:
+def forward_plan(*description: Any) -> Plan:
+    call = Described.of(*description)
     n = call.B.shape[-1]
     # Ends are found by as many more blocks as fit; of the widest states by no more.
     segments = call.segments(FORWARD_BLOCKS, finer=STATES_BLOCKS // FORWARD_BLOCKS if n <= SLICE else 1)
@@ -261,8 +265,9 @@ def forward_plan(call: Described) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(call: Described) -> tuple[Plan, ...]:
+def backward_plan(*description: Any) -> tuple[Plan, ...]:
     """One for each slice of states, on the same memory."""
+    call = Described.of(*description)
     rows, length, heads, width = call.x.shape
     groups, n = call.B.shape[2:]
     each = min(n, SLICE)
