@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ophis.bench import language_models, ops, peers, plots, shapes, timing
+from ophis.bench.provenance import write_csv
 from ophis.cli import main
 from ophis.ops import OPS
 from ophis.ops._op import Backend
@@ -343,6 +344,22 @@ def test_some_shapes_alone_keep_the_rest_of_the_table(capsys):
     assert main(["bench", "causal_conv", "--quick", "--device", "cpu", "--backend", "torch", "--only", "dense"]) != 0
     assert "has other columns than this version writes" in capsys.readouterr().err
     assert Path("causal_conv_cpu.csv").read_text() == "op,batch\ncausal_conv,2\n"
+
+
+def test_a_run_that_is_cut_off_loses_nothing_of_what_it_did_not_reach():
+    """A shape's forward rows come first; those of its backward pass stay until they are measured anew."""
+
+    def row(length: int, direction: str, date: str) -> dict[str, Any]:
+        return {**dict.fromkeys(ops.KEYS, ""), "length": length, "direction": direction, "date": date}
+
+    table = Path("ssd_cuda.csv")
+    there = [row(length, direction, "old") for length in (64, 128) for direction in (shapes.FORWARD, shapes.TRAINING)]
+    write_csv(table, there)
+    found = ops.with_others([row(64, shapes.FORWARD, "new"), row(256, shapes.FORWARD, "new")], table)
+    assert [(str(r["length"]), r["direction"], r["date"]) for r in found] == [
+        *(("64", shapes.FORWARD, "new"), ("64", shapes.TRAINING, "old")),
+        *(("128", shapes.FORWARD, "old"), ("128", shapes.TRAINING, "old"), ("256", shapes.FORWARD, "new")),
+    ]
 
 
 def test_plots_come_from_the_table_alone():

@@ -321,8 +321,7 @@ def _error_in_parts(actual: Tensor, expected: Tensor) -> float:
 # What others published
 
 
-OF_SHAPE = ("op", "case", "batch", "length", "d", "n", "w", "dtype")
-KEYS = (*OF_SHAPE, "direction")
+KEYS = ("op", "case", "batch", "length", "d", "n", "w", "dtype", "direction")
 
 
 def read_against(path: Path) -> list[dict[str, str]]:
@@ -336,7 +335,7 @@ def read_against(path: Path) -> list[dict[str, str]]:
 
 
 def with_others(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:
-    """The rows, in place of those of the same shapes in a table, if there is one.
+    """The rows, in place of those of the same shapes and direction in a table, if there is one.
 
     Raises:
         ValueError: the table has other columns, those of another version; what it holds would be lost.
@@ -348,13 +347,14 @@ def with_others(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, A
         there = list(reader)
     if rows and there and (reader.fieldnames or []) != list(rows[0]):
         raise ValueError(f"{table} has other columns than this version writes; move it away, or name another --out")
-    new = {_of_shape(row) for row in rows}
-    order = {key: i for i, key in enumerate(dict.fromkeys(map(_of_shape, [*there, *rows])))}
-    return sorted([*(row for row in there if _of_shape(row) not in new), *rows], key=lambda row: order[_of_shape(row)])
+    new = {_measured(row) for row in rows}
+    kept = [row for row in there if _measured(row) not in new]
+    order = {key: i for i, key in enumerate(dict.fromkeys(_measured(row)[:-1] for row in [*there, *rows]))}
+    return sorted([*kept, *rows], key=lambda row: (order[_measured(row)[:-1]], row["direction"] != FORWARD))
 
 
-def _of_shape(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in OF_SHAPE)
+def _measured(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in KEYS)
 
 
 def fastest(row: dict[str, Any], table: Sequence[dict[str, str]]) -> dict[str, str] | None:
