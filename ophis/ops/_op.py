@@ -131,15 +131,16 @@ class Op(Generic[P, R]):
         """
         if call.get("cu_seqlens") is not None or torch.compiler.is_compiling():
             return None
-        parts: list[Any] = [asked, *self._backends]
-        grad = torch.is_grad_enabled()
+        parts: list[Any] = [asked, torch.is_grad_enabled(), *self._backends]
         for name in self._names:
             value: Any = call.get(name)
-            if type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided:
-                wanted = grad and value.requires_grad
-                parts.append((value.shape, value.stride(), value.dtype, value.device, wanted))
-            elif value is None or isinstance(value, (bool, int, float, str, tuple)):
-                parts.append((type(value), value))  # True is not 1
+            kind = type(value)
+            if value is None:
+                parts.append(None)
+            elif (kind is Tensor or kind is torch.nn.Parameter) and value.layout is torch.strided:
+                parts.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+            elif isinstance(value, (bool, int, float, str, tuple)):
+                parts.append((kind, value))  # True is not 1
             else:
                 return None
         return tuple(parts)

@@ -84,8 +84,9 @@ class Kernel:
         self.function = getattr(module, f"launch_{name}")
         self.threads, self.shared = threads, shared
 
-    def __call__(self, blocks: int, parameters: Any, stream: int) -> None:
-        self.function(ctypes.c_long(blocks), self.threads, ctypes.c_long(self.shared), ctypes.byref(parameters))
+    def __call__(self, blocks: int, arguments: int, stream: int) -> None:
+        parameters = ctypes.c_void_p.from_address(arguments)
+        self.function(ctypes.c_long(blocks), self.threads, ctypes.c_long(self.shared), parameters)
         whole = all((part == UNTOUCHED).all() for memory in guarded for part in (memory[:GUARD], memory[-GUARD:]))
         if not whole:
             guarded.clear()  # the next test is not to blame
@@ -104,17 +105,17 @@ def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None) 
     return memory[GUARD : memory.numel() - GUARD].view(dtype).view(shape)
 
 
-class Scratch:
+def allocate(self: plans.Scratch, like: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
     """Each part by itself, since the next one would hide what is written past the end."""
-
-    def __init__(self, like: torch.Tensor, sizes: plans.Sizes):
-        self.parts = {name: new_empty(like, size) for name, size in sizes}
-        self.addresses = {name: part.data_ptr() for name, part in self.parts.items()}
+    if not self.numbers:
+        return [], []
+    parts = [new_empty(like, (size,)) for size in self.sizes]
+    return parts, [part.data_ptr() if size else 0 for part, size in zip(parts, self.sizes, strict=True)]
 
 
 torch.Tensor.new_empty = new_empty  # type: ignore[assignment]
 plans.empty_like = lambda t: new_empty(t, t.shape)
-plans.Scratch = Scratch  # type: ignore[misc]
+plans.Scratch.allocate = allocate  # type: ignore[method-assign]
 runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
 runtime.on_device_of = lambda x: contextlib.nullcontext()
 runtime.stream = lambda: 0

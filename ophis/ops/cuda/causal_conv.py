@@ -5,6 +5,7 @@ b batch  l length  d channels  w width
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 
@@ -59,12 +60,14 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu):
             None if initial_state is None else initial_state.dtype, w, silu, cu_seqlens is not None, x.device,
         )  # fmt: skip
         runs = -(-l // (RUN * WARPS))
-        tensors = (x, weight, bias, initial_state, cu_seqlens, y, final_state)
+        addresses = [
+            0 if t is None else t.data_ptr() for t in (x, weight, bias, initial_state, cu_seqlens, y, final_state)
+        ]
         strides = (0, 0, 0) if initial_state is None else initial_state.stride()
         sizes = (*x.stride()[:2], *strides, b, l, d, sequences, runs)
         blocks = -(-d // 128) * runs * b + -(-sequences * d // 4 // kernel.threads)
-        parameters = runtime.pack([*(0 if t is None else t.data_ptr() for t in tensors), *sizes])
-        kernel(blocks, parameters, runtime.stream())
+        arguments = parameters(sizes, len(addresses)).filled(*addresses)
+        kernel(blocks, ctypes.addressof(arguments), runtime.stream())
     return y, final_state
 
 
@@ -77,6 +80,9 @@ def backward(*tensors):
     from ophis.ops.triton.causal_conv import backward
 
     return backward(*tensors)
+
+
+parameters = functools.lru_cache(maxsize=1024)(runtime.Parameters)
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
-import struct
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from ophis.ops.cuda import runtime
 
 Launch = tuple[runtime.Kernel, int]  # and its blocks
-Sizes = tuple[tuple[str, int], ...]  # names, and how many numbers of float32 each has
 
 
 class Signal(NamedTuple):
@@ -48,60 +47,40 @@ def signals(facts: tuple[Any, ...]) -> list[Any]:
 
 
 class Scratch:
-    """Memory for as long as a call's kernels run, by name. Each begins at a multiple of 128 bytes, as loads like it."""
+    """Memory for as long as a call's kernels run, in parts of so many numbers of float32."""
 
-    def __init__(self, like: Tensor, sizes: Sizes):
-        numbers, offsets = _layout(sizes)
-        self.memory = like.new_empty(numbers) if sizes else None  # alive while this is
-        start = self.memory.data_ptr() if self.memory is not None else 0
-        self.addresses = {name: start + offset for name, offset in offsets}
+    def __init__(self, *sizes: int):
+        self.sizes = sizes
+        # Each part begins at a multiple of 128 bytes, as loads like it.
+        *starts, self.numbers = itertools.accumulate((-(-size // 32) * 32 for size in sizes), initial=0)
+        self.offsets = [4 * start if size else None for start, size in zip(starts, sizes, strict=True)]
 
-
-@functools.lru_cache(maxsize=1024)
-def _layout(sizes: Sizes) -> tuple[int, Sizes]:
-    """How many numbers there are in all, and the byte at which each name's begin."""
-    numbers, offsets = 0, []
-    for name, size in sizes:
-        offsets.append((name, 4 * numbers))
-        numbers += -(-size // 32) * 32
-    return numbers, tuple(offsets)
-
-
-class Parameters:
-    """A struct of pointers, which a call brings, and numbers after them, which are the same for many."""
-
-    def __init__(self, pointers: tuple[str, ...], numbers: list[int]):
-        self.nowhere, self.in_order = dict.fromkeys(pointers, 0), operator.itemgetter(*pointers)
-        self.form = struct.Struct(f"{len(pointers)}q")
-        self.template = bytes(self.form.size) + struct.pack(f"{len(numbers)}q", *numbers)
-        self.type = ctypes.c_char * len(self.template)
-
-    def filled(self, scratch: Scratch, tensors: dict[str, Tensor | None]) -> ctypes.Array[ctypes.c_char]:
-        memory = self.type.from_buffer_copy(self.template)
-        addresses = {**self.nowhere, **scratch.addresses}
-        for name, t in tensors.items():
-            if t is not None:
-                addresses[name] = t.data_ptr()
-        self.form.pack_into(memory, 0, *self.in_order(addresses))
-        return memory
+    def allocate(self, like: Tensor) -> tuple[Any, Sequence[int]]:
+        """What is to be kept until the kernels are launched, and each part's address: null where it has no size."""
+        if not self.numbers:
+            return None, ()
+        memory = like.new_empty(self.numbers)
+        start = memory.data_ptr()
+        return memory, [0 if offset is None else start + offset for offset in self.offsets]
 
 
 class Plan(NamedTuple):
-    """Kernels, one after the other, and what they are launched with."""
+    """Kernels, one after the other, what they are launched with, and the memory that they need."""
 
-    parameters: Parameters
+    parameters: runtime.Parameters
     launches: tuple[Launch, ...]
-    scratch: Sizes = ()  # what they need, unless it is shared
+    scratch: Scratch
 
-    def run(self, scratch: Scratch, **tensors: Tensor | None) -> None:
-        parameters, stream = self.parameters.filled(scratch, tensors), runtime.stream()
+    def run(self, parts: Sequence[int], *tensors: Tensor | None) -> None:
+        """With scratch memory at these addresses, and all tensors that the parameters are for, in their order."""
+        parameters = self.parameters.filled(*[0 if t is None else t.data_ptr() for t in tensors], *parts)
+        arguments, stream = ctypes.addressof(parameters), runtime.stream()
         for kernel, blocks in self.launches:
-            kernel(blocks, parameters, stream)
+            kernel(blocks, arguments, stream)
 
 
-def empty_like(t: Tensor) -> Tensor:
-    """Without the gaps that t may have. `t.new_empty(t.shape)` takes PyTorch twice as long; a backward pass has ten."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+# Without the gaps that a tensor may have. `t.new_empty(t.shape)` takes PyTorch twice as long; a backward pass has ten.
+empty_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def dense(*tensors: Tensor | None) -> list[Any]:

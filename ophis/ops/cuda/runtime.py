@@ -19,7 +19,6 @@ from cuda.bindings import driver, nvrtc  # pyright: ignore[reportMissingImports]
 
 FOLDER = Path(__file__).parent
 Macros = tuple[tuple[str, int], ...]
-Pointers = ctypes.c_void_p * 1  # to a kernel's arguments, of which there is one
 
 
 class Kernel:
@@ -32,14 +31,32 @@ class Kernel:
             dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _ok(driver.cuFuncSetAttribute(self.function, dynamic, shared))
 
-    def __call__(self, blocks: int, parameters: ctypes.Array[ctypes.c_char], stream: int) -> None:
-        """Launches it; `parameters` is the struct that is its only argument."""
-        pointers = Pointers(ctypes.addressof(parameters))
+    def __call__(self, blocks: int, arguments: int, stream: int) -> None:
+        """Launches it; `arguments` is the address of what `Parameters.filled` gave."""
         result = driver.cuLaunchKernel(
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(pointers), 0
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, arguments, 0
         )
         if result[0]:
             _ok(result)
+
+
+class Parameters:
+    """The struct that is a kernel's only argument: pointers, which a call brings, and after them numbers of 64 bits,
+    which are the same for many. The pointers are to tensors, some of which may be left out at the end, and to parts of
+    scratch memory.
+
+    In memory its own address comes before it: what a launch takes is a list of arguments' addresses.
+    """
+
+    def __init__(self, numbers: Sequence[int], tensors: int, left_out: int = 0, parts: int = 0):
+        self.pointers = struct.Struct(f"{1 + tensors}q{8 * left_out}x{parts}q")
+        self.template = bytes(self.pointers.size) + struct.pack(f"{len(numbers)}q", *numbers)
+        self.type = ctypes.c_char * len(self.template)
+
+    def filled(self, *addresses: int) -> ctypes.Array[ctypes.c_char]:
+        memory = self.type.from_buffer_copy(self.template)
+        self.pointers.pack_into(memory, 0, ctypes.addressof(memory) + 8, *addresses)
+        return memory
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -67,14 +84,21 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     index = x.device.index
     if index != torch._C._cuda_getDevice():
         return torch.cuda.device(x.device)
-    if index not in _thread.__dict__.setdefault("devices", set()):
+    if index not in _thread.devices:
         if not int(_ok(driver.cuCtxGetCurrent())):
             _ok(driver.cuCtxSetCurrent(_ok(driver.cuDevicePrimaryCtxRetain(_ok(driver.cuDeviceGet(index))))))
         _thread.devices.add(index)
     return _as_it_is
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    """A copy for each thread."""
+
+    def __init__(self):
+        self.devices: set[int] = set()  # that have a context here
+
+
+_thread = _Thread()
 _as_it_is = contextlib.nullcontext()
 
 
@@ -86,13 +110,6 @@ def stream() -> int:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def pack(values: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
-    """A struct of 64-bit integers and pointers."""
-    memory = ctypes.create_string_buffer(8 * len(values))
-    struct.pack_into(f"{len(values)}q", memory, 0, *values)
-    return memory
 
 
 @functools.cache

@@ -20,22 +20,25 @@ struct Params {
   const void *x, *dt, *B, *C, *z;
   const float *A, *D, *bias, *initial;
   const int* offsets;  // of packed sequences
+  void *kept;          // see `kept_at`
   void* y;
   float *final_state;  // (sequences or b, d, n)
-  void *kept;          // see `kept_at`
-  float *carry;        // (b, segments, d, N): the state, or its gradient, that comes into a segment
-  float *span;         // (b, segments, d): the sum of a segment's steps; -1 where nothing passes through it
   // backward only
   const void* dy;
   const float* d_final;
-  void *dx, *ddt, *dz;
-  float *d_initial;
+  void *dx, *ddt;
+  float *dA;
+  void *dB, *dC;
+  float *dD;
+  void *dz;
+  float *d_dt_bias, *d_initial;
+  // scratch
+  float *carry;     // (b, segments, d, N): the state, or its gradient, that comes into a segment
+  float *span;      // (b, segments, d): the sum of a segment's steps; -1 where nothing passes through it
   float *d_bc;      // (blocks of channels, b, l, 2, N): of B and C, before the sum over channels
   float *d_rates;   // (b, segments, d, N): of A
   float *d_skip;    // (b, segments, d): of D
   float *d_bias;    // (b, segments, d)
-  void *dB, *dC;
-  float *dA, *dD, *d_dt_bias;
   Strides sx, sdt, sz, sdy, sB, sC;
   i64 batch, length, channels, states, groups, sequences, segment, segments;
   i64 blocks;  // of channels, in a group

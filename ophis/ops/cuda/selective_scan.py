@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, dense, empty_like, facts, signals
+from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -131,17 +132,15 @@ def why_not_these(call) -> str | None:
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
-    A, D, dt_bias, initial_state = dense(A, D, dt_bias, initial_state)
     with runtime.on_device_of(x):
-        call = description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus)
-        plan = forward_plan(keep, *call)
+        plan, kept = forward_plan(keep, *description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus))
         y, final_state = empty_like(x), A.new_empty(len(x) if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
-        kept = A.new_empty(kept_shape(x, A, cu_seqlens)) if keep else None
+        kept = A.new_empty(kept) if keep else None
         if cu_seqlens is not None:  # what an empty sequence ends with
             final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
-        scratch = Scratch(A, plan.scratch)
-        tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
-        plan.run(scratch, **tensors, y=y, final_state=final_state, kept=kept)
+        inputs = (x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
+        _memory, parts = plan.scratch.allocate(A)
+        plan.run(parts, *inputs, kept, y, final_state)
     return y, final_state, kept
 
 
@@ -149,23 +148,25 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     with runtime.on_device_of(x):
-        call = description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy)
-        plan = backward_plan(*call)
-        dx, ddt, dA, dB, dC = map(empty_like, (x, dt, A, B, C))
-        dD, dz, d_dt_bias, d_initial = (None if t is None else empty_like(t) for t in (D, z, dt_bias, initial_state))
+        plan = backward_plan(*description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy))
+        gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
+        d_initial = gradients[-1]
         if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
             d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
-        scratch = Scratch(A, plan.scratch)
-        tensors = dict(x=x, dt=dt, B=B, C=C, z=z, A=A, D=D, bias=dt_bias, initial=initial_state, offsets=cu_seqlens)
-        results = dict(dx=dx, ddt=ddt, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, d_dt_bias=d_dt_bias, d_initial=d_initial)
-        plan.run(scratch, **tensors, kept=kept, dy=dy, d_final=d_final, **results)
-    return dx, ddt, dA, dB, dC, dD, dz, d_dt_bias, d_initial
+        inputs = (x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
+        _memory, parts = plan.scratch.allocate(A)
+        plan.run(parts, *inputs, kept, None, None, dy, d_final, *gradients)
+    return gradients
 
 
 def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """Of float32, or of pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
+    return kept_of(x, A.shape[1])
+
+
+def kept_of(x: Tensor | Signal, n: int) -> tuple[int, int, int]:
+    """The shape of kept states, in float32 or in pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
     b, l, d = x.shape
-    states = -(-d // 16) * 16 * -(-padded(A.shape[1]) // 16) * 16
+    states = -(-d // 16) * 16 * -(-padded(n) // 16) * 16
     return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
 
 
@@ -221,27 +222,26 @@ def description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None)
     return of_tensors, A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device
 
 
-# The fields of `Params` in selective_scan.cuh, all of 64 bits.
-POINTERS = (
-    "x", "dt", "B", "C", "z", "A", "D", "bias", "initial", "offsets", "y", "final_state", "kept", "carry", "span",
-    "dy", "d_final", "dx", "ddt", "dz", "d_initial", "d_bc", "d_rates", "d_skip", "d_bias",
-    "dB", "dC", "dA", "dD", "d_dt_bias",
-)  # fmt: skip
+# What `Params` of selective_scan.cuh begins with: tensors, some of which the forward pass needs, and scratch memory.
+TENSORS, OF_FORWARD = 24, 13
+PARTS = ("carry", "span", "d_bc", "d_rates", "d_skip", "d_bias")
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(keep: bool, *description: Any) -> Plan:
+def forward_plan(keep: bool, *description: Any) -> tuple[Plan, tuple[int, ...]]:
+    """And the shape of what is kept."""
     call = Described.of(*description)
     b, l, d = call.x.shape
     macros, device = call.macros, call.device
     N, shape = macros["N"], SHAPES[macros["N"]]
     if N == 16 and relay_pays(b, d, device):
         kernel = relay_kernel(items(macros, KEEP=keep), device)
-        return Plan(parameters(call, 1), ((kernel, b * -(-d // 16)),))
+        return planned(call, OF_FORWARD, [(kernel, b * -(-d // 16))], {}, 1), kept_of(call.x, call.n)
     segments = segments_for(b, l, d, shape.channels, FORWARD_BLOCKS, device)
     kernel, blocks = forward_kernel("outputs", shape, items(macros, KEEP=keep), device), b * -(-d // shape.channels)
-    launches, scratch = carry_of(call, "states", "pass_states", segments) if segments > 1 else ((), ())
-    return Plan(parameters(call, segments), (*launches, (kernel, blocks * segments)), scratch)
+    launches, scratch = carry_of(call, "states", "pass_states", segments) if segments > 1 else ([], {})
+    launches += [(kernel, blocks * segments)]
+    return planned(call, OF_FORWARD, launches, scratch, segments), kept_of(call.x, call.n)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -254,35 +254,40 @@ def backward_plan(*description: Any) -> Plan:
     # Eight warps on a multiprocessor where their memory fits; registers are given out accordingly.
     resident = max(1, min(8 // warps, 228 * 1024 // (shared + 1024)))
     segments = segments_for(b, l, d, 16 * warps, BACKWARD_BLOCKS * 4 // warps, device)
-    launches, scratch = carry_of(call, "gradients", "pass_gradients", segments) if segments > 1 else ((), ())
+    launches, scratch = carry_of(call, "gradients", "pass_gradients", segments) if segments > 1 else ([], {})
     if segments == 1 and N > 16:
-        scratch = (("carry", b * d * N),)  # where the kernel keeps a tile's flow between chunks
+        scratch = {"carry": b * d * N}  # where the kernel keeps a tile's flow between chunks
     blocks, rows = -(-d // (16 * warps)), b * segments
     kernel, gather = backward_kernels(warps, shared, items(macros, WARPS=warps, BLOCKS=resident), device)
-    sums = (("d_bc", blocks * b * l * 2 * N), ("d_rates", rows * d * N), ("d_skip", rows * d), ("d_bias", rows * d))
+    scratch.update(d_bc=blocks * b * l * 2 * N, d_rates=rows * d * N, d_skip=rows * d, d_bias=rows * d)
     results = b * l * 2 * N * call.groups + d * (N + 2)
-    launches = (*launches, (kernel, blocks * rows), (gather, -(-results // gather.threads)))
-    return Plan(parameters(call, segments, blocks // call.groups), launches, (*sums, *scratch))
+    launches = [*launches, (kernel, blocks * rows), (gather, -(-results // gather.threads))]
+    return planned(call, TENSORS, launches, scratch, segments, blocks // call.groups)
 
 
-def parameters(call: Described, segments: int, blocks: int = 0) -> Parameters:
-    """`Params` of selective_scan.cuh."""
+def planned(
+    call: Described, tensors: int, launches: list[Launch], scratch: dict[str, int], segments: int, blocks: int = 0
+) -> Plan:
+    """With `Params` of selective_scan.cuh."""
     b, l, d = call.x.shape
     strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.dt, call.z, call.dy)]
     strides += [t.strides[:3] if len(t.shape) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
     sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments, blocks]
-    return Parameters(POINTERS, [*itertools.chain(*strides), *sizes])
+    parts = len(PARTS) if scratch else 0
+    parameters = Parameters(
+        [*itertools.chain(*strides), *sizes], tensors, left_out=TENSORS - tensors + len(PARTS) - parts, parts=parts
+    )
+    return Plan(parameters, tuple(launches), Scratch(*(scratch.get(name, 0) for name in PARTS)))
 
 
-def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[tuple[Launch, ...], Sizes]:
+def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[list[Launch], dict[str, int]]:
     """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
     b, _, d = call.x.shape
     macros = call.macros
     N, shape = macros["N"], SHAPES[macros["N"]]
     kernels = [forward_kernel(name, shape, items(macros, KEEP=False), call.device) for name in (ends, passing)]
     blocks = b * -(-d // shape.channels) * (segments - 1), -(-b * d * N // kernels[1].threads)
-    scratch = (("carry", b * segments * d * N), ("span", b * segments * d))
-    return tuple(zip(kernels, blocks, strict=True)), scratch
+    return list(zip(kernels, blocks, strict=True)), {"carry": b * segments * d * N, "span": b * segments * d}
 
 
 def items(macros: dict[str, int], **more: int) -> runtime.Macros:

@@ -23,24 +23,31 @@ __device__ __forceinline__ void copy_piece(Decays& to, const Decays& from, int p
 }
 
 struct Params {
-  const bfloat16 *x, *B, *C, *dy;
+  const bfloat16 *x, *B, *C;
   const void* dt;
-  const float *A, *bias, *D, *initial, *d_final;
+  const float *A, *bias, *D, *initial;
   const int* offsets;        // of packed sequences
-  Decays* decays;            // (chunks, h)
   bfloat16* y;
-  float *final_state, *d_initial;
+  float* final_state;
+  // backward only
+  const bfloat16* dy;
+  const float* d_final;
+  bfloat16* dx;
+  void* d_dt;
+  float* dA;                 // (h), as the next two
+  float *d_bias, *dD;
+  bfloat16 *dB, *dC;
+  float* d_initial;
+  // scratch
+  Decays* decays;            // (chunks, h)
   float *passed;             // (b, segments, h, p, n): the state, or its gradient, that a segment is entered with
   float *totals;             // (b, segments, h): log2 of what a segment leaves of that
   bfloat16 *states, *flows;  // (chunks, h, p, n): the states before chunks, the gradients of those after them
-  bfloat16 *dx, *dB, *dC;
-  void* d_dt;
   float *partial_B, *partial_C;  // (splits, b, l, g, n), where the heads of a group are shared out
   uint4 *between;            // (chunks, g, splits, 4, 128): dS, from the first slice of states to the others
   float *sums;               // (slices, chunks, h tiles, 4, 64)
   float *of_chunks;          // (slices, chunks, h tiles, 2)
   float *partial_A;          // (chunks, 2, h): of A and the bias
-  float *dA, *d_bias, *dD;   // (h)
   Strides sx, sB, sC, sdy, sdt;
   i64 D_h, D_p;
   i64 batch, length, heads, width, groups, sequences, chunks, segment, segments, splits;  // chunks: of a row

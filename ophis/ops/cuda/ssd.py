@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Parameters, Plan, Scratch, Signal, Sizes, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, dense, empty_like, facts, signals
+from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
@@ -64,13 +65,12 @@ def why_not_these(call) -> str | None:
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
-    A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
     x, B, C, initial_state = map(aligned, (x, B, C, initial_state))
     with runtime.on_device_of(x):
         plan = forward_plan(*description(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
         y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
-        tensors = dict(x=x, B=B, C=C, dt=dt, A=A, bias=dt_bias, D=D, initial=initial_state, offsets=cu_seqlens)
-        plan.run(Scratch(A, plan.scratch), **tensors, y=y, final_state=final_state)
+        _memory, parts = plan.scratch.allocate(A)
+        plan.run(parts, x, B, C, dt, A, dt_bias, D, initial_state, cu_seqlens, y, final_state)
     return y, final_state
 
 
@@ -80,18 +80,15 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     A, dt_bias = dense(A, dt_bias)
     with runtime.on_device_of(x):
         plans = backward_plan(*description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-        dx, d_dt, dA = empty_like(x), empty_like(dt), empty_like(A)
-        dD, d_bias = (None if t is None else empty_like(t) for t in (D, dt_bias))
-        scratch = Scratch(A, plans[0].scratch)
-        of_all = dict(x=x, dt=dt, dy=dy, A=A, bias=dt_bias, D=D, offsets=cu_seqlens)
-        of_all.update(dx=dx, d_dt=d_dt, dA=dA, d_bias=d_bias, dD=dD)
+        dx, d_dt, dA, d_bias, dD = (None if t is None else empty_like(t) for t in (x, dt, A, dt_bias, D))
+        _memory, parts = plans[0].scratch.allocate(A)
         found = []
         for plan, (b, c, initial, d_end) in zip(plans, slices(B, C, initial_state, d_final), strict=True):
             initial, d_end = map(aligned, dense(initial, d_end))
             dB, dC = empty_like(b), empty_like(c)
             d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
-            tensors = dict(B=b, C=c, initial=initial, d_final=d_end, dB=dB, dC=dC, d_initial=d_initial)
-            plan.run(scratch, **of_all, **tensors)
+            inputs = (x, b, c, dt, A, dt_bias, D, initial, cu_seqlens)
+            plan.run(parts, *inputs, None, None, dy, d_end, dx, d_dt, dA, d_bias, dD, dB, dC, d_initial)
             found.append((dB, dC, d_initial))
     dB, dC, d_initial = found[0] if len(found) == 1 else (joined(t) for t in zip(*found, strict=True))
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
@@ -121,12 +118,12 @@ def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 # What calls have in common
 
 
-# The fields of `Params` in ssd.cuh, all of 64 bits but the last two.
-POINTERS = (
-    "x", "B", "C", "dy", "dt", "A", "bias", "D", "initial", "d_final", "offsets", "decays", "y", "final_state",
-    "d_initial", "passed", "totals", "states", "flows", "dx", "dB", "dC", "d_dt", "partial_B", "partial_C",
-    "between", "sums", "of_chunks", "partial_A", "dA", "d_bias", "dD",
-)  # fmt: skip
+# What `Params` of ssd.cuh begins with: tensors, some of which the forward pass needs, and scratch memory.
+TENSORS, OF_FORWARD = 21, 11
+PARTS = (
+    *("decays", "passed", "totals", "states", "flows", "partial_B", "partial_C"),
+    *("between", "sums", "of_chunks", "partial_A"),
+)
 
 
 class Segments(NamedTuple):
@@ -229,21 +226,24 @@ class Described(NamedTuple):
         blocks = -(-rows * heads * width * n // (4 * pass_on.threads))
         return [(self.kernel(ends, n), self.pairs * segments.ends), (pass_on, blocks), walk]
 
-    def passed(self, n: int, segments: Segments) -> Sizes:
-        """Memory for what comes into each segment."""
+    def scratch(self, n: int, segments: Segments, **more: int) -> Scratch:
+        """Steps and decays, what comes into each segment, and what else has so many numbers."""
         rows, _, heads, width = self.x.shape
-        if not segments.ends:
-            return ()
-        return ("passed", rows * segments.count * heads * width * n), ("totals", rows * segments.count * heads)
+        entered = rows * segments.count * heads if segments.ends else 0
+        sizes = dict(decays=self.of_chunks * 4 * CHUNK, passed=entered * width * n, totals=entered, **more)
+        return Scratch(*(sizes.get(name, 0) for name in PARTS))
 
-    def parameters(self, segments: Segments, splits: int = 1, of_slice: int = 0, slices: int = 1) -> Parameters:
+    def parameters(
+        self, tensors: int, segments: Segments, splits: int = 1, of_slice: int = 0, slices: int = 1
+    ) -> Parameters:
         """`Params` of ssd.cuh."""
         strides = [(0, 0, 0) if t is None else t.strides[:3] for t in (self.x, self.B, self.C, self.dy, self.dt)]
         skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
         sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks)
         (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
         cut = (segments.length, segments.count, splits, segments.taken, segments.ends)
-        return Parameters(POINTERS, [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit])
+        numbers = [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit]
+        return Parameters(numbers, tensors, left_out=TENSORS - tensors, parts=len(PARTS))
 
 
 def description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> tuple[Any, ...]:
@@ -260,8 +260,7 @@ def forward_plan(*description: Any) -> Plan:
     # Ends are found by as many more blocks as fit; of the widest states by no more.
     segments = call.segments(FORWARD_BLOCKS, finer=STATES_BLOCKS // FORWARD_BLOCKS if n <= SLICE else 1)
     launches = [call.steps("steps", n), *call.walk("outputs", "ends", "pass_states", n, segments)]
-    scratch = (("decays", call.of_chunks * 4 * CHUNK), *call.passed(n, segments))
-    return Plan(call.parameters(segments), tuple(launches), scratch)
+    return Plan(call.parameters(OF_FORWARD, segments), tuple(launches), call.scratch(n, segments))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -275,19 +274,21 @@ def backward_plan(*description: Any) -> tuple[Plan, ...]:
     of_groups = rows * call.chunks * groups
     splits = max(1, min(BACKWARD_BLOCKS * runtime.multiprocessors(call.device) // of_groups, heads // groups))
     segments = call.segments(STATES_BLOCKS)
-    scratch = [
-        ("decays", call.of_chunks * 4 * CHUNK),
-        *call.passed(each, segments),
-        *((name, call.of_chunks * width * each // 2) for name in ("states", "flows")),  # of bfloat16
-        ("sums", count * call.of_chunks * call.parts * 4 * CHUNK),
-        ("of_chunks", count * call.of_chunks * call.parts * 2),
-        ("partial_A", call.of_chunks * 2),
-    ]
-    if count > 1:
-        scratch += [("between", of_groups * splits * CHUNK * CHUNK // 2)]  # of bfloat16
     entries = rows * length * groups * each
-    if splits > 1:
-        scratch += [(name, splits * entries) for name in ("partial_B", "partial_C")]
+    states = call.of_chunks * width * each // 2  # of bfloat16, as `between`
+    partial = splits * entries if splits > 1 else 0
+    scratch = call.scratch(
+        each,
+        segments,
+        states=states,
+        flows=states,
+        partial_B=partial,
+        partial_C=partial,
+        between=of_groups * splits * CHUNK * CHUNK // 2 if count > 1 else 0,
+        sums=count * call.of_chunks * call.parts * 4 * CHUNK,
+        of_chunks=count * call.of_chunks * call.parts * 2,
+        partial_A=call.of_chunks * 2,
+    )
     add_chunks = call.kernel_of_steps("add_chunks", each)
     plans = []
     for i in range(count):
@@ -300,7 +301,7 @@ def backward_plan(*description: Any) -> tuple[Plan, ...]:
             launches += [(kernel, -(-entries // kernel.threads))]  # a thread has two of dB or of dC
         if i == count - 1:
             launches += [call.steps("d_steps", each), (add_chunks, -(-3 * heads * 32 // add_chunks.threads))]
-        plans.append(Plan(call.parameters(segments, splits, i, count), tuple(launches), tuple(scratch)))
+        plans.append(Plan(call.parameters(TENSORS, segments, splits, i, count), tuple(launches), scratch))
     return tuple(plans)
 
 

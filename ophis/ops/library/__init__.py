@@ -22,6 +22,13 @@ def traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
+def in_float32(*tensors: Tensor | None) -> list[Any]:
+    """Parameters and states as kernels want them: in float32, without gaps."""
+    return [
+        t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.float().contiguous() for t in tensors
+    ]
+
+
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the gradient of a call on these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -46,6 +53,11 @@ def function_of(
 
     methods = dict(forward=staticmethod(forward_and_context), backward=staticmethod(backward))
     return type("Function", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+
+def of_those(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """What a custom op gives for an input that is not there is a tensor too, and autograd wants none."""
+    return [None if t is None else g for t, g in zip(inputs, gradients, strict=True)]
 
 
 def apart(tensors: Sequence[Tensor | None]) -> list[Any]:

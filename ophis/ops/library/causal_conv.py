@@ -5,7 +5,7 @@ b batch  l length  d channels  w width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ophis.ops.causal_conv import causal_conv, check_activation
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, of_those, recorded, traced
 
 
 class Kernels(NamedTuple):
@@ -21,11 +21,11 @@ class Kernels(NamedTuple):
 
     forward(x, weight, bias, initial_state, cu_seqlens, silu) -> y, final_state in float32.
     backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu)
-        -> gradients of x, weight, bias, initial_state, in their dtypes; any or no tensor for what is None.
+        -> gradients of x, weight, bias, initial_state, in their dtypes; None for what is None.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., Sequence[Any]]
 
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu"
@@ -49,11 +49,11 @@ def why_not(call: dict[str, Any]) -> str | None:
 def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes `ophis::causal_conv_{name}` and its backward; returns a function with the signature of the public op."""
 
-    def forward(x, weight, bias, initial_state, cu_seqlens, silu):
+    def traced_forward(x, weight, bias, initial_state, cu_seqlens, silu):
         return kernels.forward(x, weight, bias, initial_state, cu_seqlens, silu)
 
     schema = f"({INPUTS}) -> (Tensor, Tensor)"
-    conv_op = torch.library.custom_op(f"ophis::causal_conv_{name}", forward, mutates_args=(), schema=schema)
+    conv_op = torch.library.custom_op(f"ophis::causal_conv_{name}", traced_forward, mutates_args=(), schema=schema)
 
     @conv_op.register_fake
     def _(x, weight, bias, initial_state, cu_seqlens, silu):
@@ -61,14 +61,14 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         final_state = x.new_empty((rows, weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
         return x.new_empty(x.shape), final_state
 
-    def backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
+    def traced_backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
         found = kernels.backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu)
         inputs = (x, weight, bias, initial_state)
         return tuple(x.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
     backward_op = torch.library.custom_op(
-        f"ophis::causal_conv_{name}_backward", backward, mutates_args=(), schema=schema
+        f"ophis::causal_conv_{name}_backward", traced_backward, mutates_args=(), schema=schema
     )
 
     @backward_op.register_fake
@@ -92,20 +92,20 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
                 return causal_conv.run_reference(**call, cu_seqlens=cu_seqlens, activation=activation)
 
             found = differentiable_gradients(reference, inputs, (dy, d_final))
+        elif traced(dy):
+            found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.silu))
         else:
-            run: Callable[..., Any] = backward_op if traced(dy) else backward
-            grads = run(dy, d_final, *inputs, cu_seqlens, ctx.silu)
-            found = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
+            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.silu)
         return (*found, None, None)
 
     conv_op.register_autograd(backward_of, setup_context=setup_context)
-    function = function_of(forward, setup_context, backward_of)
+    function = function_of(kernels.forward, setup_context, backward_of)
 
     def conv(x, weight, bias, *, activation, initial_state, cu_seqlens):
         check_activation(activation)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(x.device).contiguous()
-        run = conv_op if traced(x) else function if recorded(x, weight, bias, initial_state) else forward
+        run = conv_op if traced(x) else function if recorded(x, weight, bias, initial_state) else kernels.forward
         return run(x, weight, bias, initial_state, cu_seqlens, activation is not None)
 
     return conv

@@ -5,30 +5,30 @@ b batch  l length  d channels  n state size  g groups of channels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, in_float32, of_those, recorded, traced
 from ophis.ops.selective_scan import selective_scan
 
 
 class Kernels(NamedTuple):
-    """What a folder provides. Both take A, D, dt_bias and initial_state in float32.
+    """What a folder provides. Both take A, D, dt_bias and initial_state in float32, and forward without gaps.
 
     forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep) -> y, final_state, kept.
         `kept` is one tensor with whatever the backward pass wants besides the inputs; empty or None unless `keep`.
     backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept)
-        -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; anything for what is None.
+        -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; None for what is None.
     kept_shape(x, A, cu_seqlens) -> the shape of `kept`, which is float32.
     in_groups: whether B and C always come as (b, l, g, n); otherwise as the caller gave them. A view costs 4 us.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., Sequence[Any]]
     kept_shape: Callable[[Tensor, Tensor, Tensor | None], tuple[int, ...]]
     in_groups: bool = True
 
@@ -71,13 +71,15 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     """Makes `ophis::selective_scan_{name}` and its backward; returns a function with the signature of the public op."""
 
     def grouped(t: Tensor) -> Tensor:
-        return t[:, :, None] if kernels.in_groups and t.ndim == 3 else t
+        return t[:, :, None] if t.ndim == 3 else t
 
-    def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
-        B, C = grouped(B), grouped(C)
-        return kernels.forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep)
+    def forward_in_groups(x, dt, A, B, C, *others):
+        return kernels.forward(x, dt, A, grouped(B), grouped(C), *others)
+
+    forward = forward_in_groups if kernels.in_groups else kernels.forward
 
     def traced_forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
+        A, D, dt_bias, initial_state = in_float32(A, D, dt_bias, initial_state)  # a compiler lays tensors out anew
         y, final_state, kept = forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep)
         return y, final_state, A.new_empty(0) if kept is None else kept
 
@@ -90,13 +92,11 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         kept = kernels.kept_shape(x, A, cu_seqlens) if keep else (0,)
         return x.new_empty(x.shape), A.new_empty(rows, *A.shape), A.new_empty(kept)
 
-    def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
-        found = kernels.backward(
-            dy, d_final, x, dt, A, grouped(B), grouped(C), D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept
-        )
-        if kernels.in_groups and B.ndim == 3:
-            found = [g[:, :, 0] if i in (3, 4) and g is not None else g for i, g in enumerate(found)]  # of B and C
-        return tuple(found)
+    def backward_in_groups(dy, d_final, x, dt, A, B, C, *others):
+        dx, ddt, dA, dB, dC, *more = kernels.backward(dy, d_final, x, dt, A, grouped(B), grouped(C), *others)
+        return dx, ddt, dA, dB.view(B.shape), dC.view(C.shape), *more
+
+    backward = backward_in_groups if kernels.in_groups else kernels.backward
 
     def traced_backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
@@ -128,10 +128,10 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
                 return selective_scan.run_reference(**call, cu_seqlens=cu_seqlens, dt_softplus=ctx.dt_softplus)
 
             found = differentiable_gradients(reference, inputs, (dy, d_final))
+        elif traced(dy):
+            found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept))
         else:
-            run: Callable[..., Any] = backward_op if traced(dy) else backward
-            grads = run(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept)
-            found = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
+            found = backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept)
         return (*found, None, None, None)
 
     scan_op.register_autograd(backward_of, setup_context=setup_context)
@@ -140,7 +140,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     def scan(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
         if cu_seqlens is not None:  # a kernel reads them where it runs
             cu_seqlens = cu_seqlens.to(x.device).contiguous()
-        A, D, dt_bias, initial_state = (None if t is None else t.float() for t in (A, D, dt_bias, initial_state))
+        A, D, dt_bias, initial_state = in_float32(A, D, dt_bias, initial_state)
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         keep = recorded(*tensors)
         run = scan_op if traced(x) else function if keep else forward

@@ -5,27 +5,28 @@ b batch  l length  h heads  p head width  g groups of heads  n state width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, recorded, traced
+from ophis.ops.library import differentiable_gradients, function_of, in_float32, of_those, recorded, traced
 from ophis.ops.ssd import ssd
 
 
 class Kernels(NamedTuple):
-    """What a folder provides. Tensors have any strides and mixed dtypes; A, D, dt_bias and initial_state are float32.
+    """What a folder provides. Tensors have any strides and mixed dtypes; A, D, dt_bias and initial_state are float32,
+    and forward without gaps.
 
     forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit) -> y, final_state.
     backward(dy, d_final, and the same) -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes;
-        anything for what is None.
+        None for what is None.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., Sequence[Any]]
 
 
 INPUTS = (
@@ -53,11 +54,12 @@ def why_not(call: dict[str, Any]) -> str | None:
 def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes `ophis::ssd_{name}` and its backward; returns a function with the signature of the public op."""
 
-    def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+    def traced_forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+        A, D, dt_bias, initial_state = in_float32(A, D, dt_bias, initial_state)  # a compiler lays tensors out anew
         return kernels.forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit)
 
     ssd_op = torch.library.custom_op(
-        f"ophis::ssd_{name}", forward, mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)"
+        f"ophis::ssd_{name}", traced_forward, mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)"
     )
 
     @ssd_op.register_fake
@@ -65,13 +67,15 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return x.new_empty(x.shape), A.new_empty(rows, *x.shape[2:], B.shape[-1])
 
-    def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+    def traced_backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         found = kernels.backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, dt_limit)
         return tuple(A.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
-    backward_op = torch.library.custom_op(f"ophis::ssd_{name}_backward", backward, mutates_args=(), schema=schema)
+    backward_op = torch.library.custom_op(
+        f"ophis::ssd_{name}_backward", traced_backward, mutates_args=(), schema=schema
+    )
 
     @backward_op.register_fake
     def _(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
@@ -94,21 +98,21 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
                 return ssd.run_reference(**call, cu_seqlens=cu_seqlens, dt_softplus=ctx.dt_softplus, dt_limit=limit)
 
             found = differentiable_gradients(reference, inputs, (dy, d_final))
+        elif traced(dy):
+            found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit))
         else:
-            run: Callable[..., Any] = backward_op if traced(dy) else backward
-            grads = run(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit)
-            found = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
+            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit)
         return (*found, None, None, None)
 
     ssd_op.register_autograd(backward_of, setup_context=setup_context)
-    function = function_of(forward, setup_context, backward_of)
+    function = function_of(kernels.forward, setup_context, backward_of)
 
     def run_ssd(x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, initial_state, cu_seqlens):
         if cu_seqlens is not None:  # a kernel reads them where it runs
             cu_seqlens = cu_seqlens.to(x.device).contiguous()
-        A, D, dt_bias, initial_state = (None if t is None else t.float() for t in (A, D, dt_bias, initial_state))
+        A, D, dt_bias, initial_state = in_float32(A, D, dt_bias, initial_state)
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        run = ssd_op if traced(x) else function if recorded(*tensors) else forward
+        run = ssd_op if traced(x) else function if recorded(*tensors) else kernels.forward
         return run(*tensors, cu_seqlens, dt_softplus, list(dt_limit))
 
     return run_ssd

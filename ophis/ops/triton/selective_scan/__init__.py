@@ -169,7 +169,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     dz = None if z is None else z.new_empty(z.shape)
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dA = A.new_empty(A.shape)
-    dD, d_bias = A.new_empty(d), A.new_empty(d)
+    dD, d_bias = (None if t is None else A.new_empty(d) for t in (D, dt_bias))
     d_initial = None
     if initial_state is not None:
         if cu_seqlens is None:
@@ -198,7 +198,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
         )  # fmt: skip
         add_up(partial_BC, dB, dC)
         add_up(partial_A, dA, dD)
-        if dt_bias is not None:
+        if d_bias is not None:
             add_up(partial_bias, d_bias)
     return dx, d_dt, dA, dB, dC, dD, dz, d_bias, d_initial
 

@@ -225,7 +225,7 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     dx, d_dt, dB, dC, dz = (
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C, z)
     )
-    dA, d_bias = A.new_empty(h), A.new_empty(h)
+    dA, d_bias = A.new_empty(h), None if dt_bias is None else A.new_empty(h)
     dD = None if D is None else A.new_empty(h, p)
     d_initial = None if initial_state is None else edges(x, n, plan.sequences, d_final, cu_seqlens)
     splits = max(1, min(BACKWARD_PROGRAMS * multiprocessors(x.device) // (chunks * g), h // g))
