@@ -9,7 +9,6 @@ here is put in the place of the GPU's packages.
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import functools
 import subprocess
@@ -117,6 +116,6 @@ torch.Tensor.new_empty = new_empty  # type: ignore[assignment]
 plans.empty_like = lambda t: new_empty(t, t.shape)
 plans.Scratch.allocate = allocate  # type: ignore[method-assign]
 runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
-runtime.on_device_of = lambda x: contextlib.nullcontext()
+runtime.on_its_device = lambda function: function
 runtime.stream = lambda: 0
 runtime.multiprocessors = lambda device: 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ophis.ops.causal_conv import causal_conv
 from ophis.ops.cuda import runtime
+from ophis.ops.cuda.plans import addresses
 from ophis.ops.library import causal_conv as library
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -47,6 +48,7 @@ def why_not_these(call) -> str | None:
     return None
 
 
+@runtime.on_its_device
 def forward(x, weight, bias, initial_state, cu_seqlens, silu):
     b, l, d = x.shape
     w = weight.shape[1]
@@ -54,20 +56,17 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu):
     x, weight, bias = in_fours(x), in_fours(weight.contiguous()), None if bias is None else in_fours(bias)
     y = x.new_empty((b, l, d))
     final_state = x.new_empty((sequences, w - 1, d), dtype=torch.float32)
-    with runtime.on_device_of(x):
-        kernel = convolve(
-            x.dtype, weight.dtype, None if bias is None else bias.dtype,
-            None if initial_state is None else initial_state.dtype, w, silu, cu_seqlens is not None, x.device,
-        )  # fmt: skip
-        runs = -(-l // (RUN * WARPS))
-        addresses = [
-            0 if t is None else t.data_ptr() for t in (x, weight, bias, initial_state, cu_seqlens, y, final_state)
-        ]
-        strides = (0, 0, 0) if initial_state is None else initial_state.stride()
-        sizes = (*x.stride()[:2], *strides, b, l, d, sequences, runs)
-        blocks = -(-d // 128) * runs * b + -(-sequences * d // 4 // kernel.threads)
-        arguments = parameters(sizes, len(addresses)).filled(*addresses)
-        kernel(blocks, ctypes.addressof(arguments), runtime.stream())
+    kernel = convolve(
+        x.dtype, weight.dtype, None if bias is None else bias.dtype,
+        None if initial_state is None else initial_state.dtype, w, silu, cu_seqlens is not None, x.device,
+    )  # fmt: skip
+    runs = -(-l // (RUN * WARPS))
+    tensors = addresses(x, weight, bias, initial_state, cu_seqlens, y, final_state)
+    strides = (0, 0, 0) if initial_state is None else initial_state.stride()
+    sizes = (*x.stride()[:2], *strides, b, l, d, sequences, runs)
+    blocks = -(-d // 128) * runs * b + -(-sequences * d // 4 // kernel.threads)
+    arguments = parameters(sizes, len(tensors)).filled(*tensors)
+    kernel(blocks, ctypes.addressof(arguments), runtime.stream())
     return y, final_state
 
 

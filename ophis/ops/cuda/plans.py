@@ -21,29 +21,32 @@ Launch = tuple[runtime.Kernel, int]  # and its blocks
 
 
 class Signal(NamedTuple):
-    """A tensor, but for its numbers."""
+    """How a tensor lies in memory."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
     strides: tuple[int, ...]
-    beyond: int  # bytes from a multiple of 16 to where it starts
 
-    @property
-    def in_fours(self) -> bool:
-        """Whether four neighbours on the last axis can be read at once, wherever one starts."""
+    def in_fours(self, size: int, beyond: int) -> bool:
+        """Whether four neighbours on the last axis, of this size, can be read at once, wherever one starts: the tensor
+        begins so many bytes beyond a multiple of 16."""
         *strides, last = self.strides
-        if last != 1 or self.shape[-1] % 4 or self.beyond % (4 * self.dtype.itemsize):
+        if last != 1 or size % 4 or beyond % (4 * self.dtype.itemsize):
             return False
         return not any(stride % 4 for stride in strides)
 
 
 def facts(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What makes a `Signal` of each, in tuples: these are made and looked up at every call, in half the time."""
-    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors])
+    return tuple([None if t is None else (t.dtype, t.stride()) for t in tensors])
 
 
 def signals(facts: tuple[Any, ...]) -> list[Any]:
     return [None if of_one is None else Signal(*of_one) for of_one in facts]
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Null of what is not there."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 class Scratch:
@@ -71,9 +74,9 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]
     scratch: Scratch
 
-    def run(self, parts: Sequence[int], *tensors: Tensor | None) -> None:
-        """With scratch memory at these addresses, and all tensors that the parameters are for, in their order."""
-        parameters = self.parameters.filled(*[0 if t is None else t.data_ptr() for t in tensors], *parts)
+    def run(self, tensors: Sequence[int], parts: Sequence[int]) -> None:
+        """With the addresses of all tensors that the parameters are for, in their order, and of scratch memory."""
+        parameters = self.parameters.filled(*tensors, *parts)
         arguments, stream = ctypes.addressof(parameters), runtime.stream()
         for kernel, blocks in self.launches:
             kernel(blocks, arguments, stream)

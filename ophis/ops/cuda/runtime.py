@@ -10,7 +10,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +76,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device, which need not be x's, and in its context.
-
-    A thread may be without one though the device is current: autograd's, before it has launched anything itself.
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that launches kernels: they run on the current device, which need not be the first tensor's, and
+    in its context. A thread may be without one though the device is current: autograd's, before it has launched
+    anything itself.
     """
-    index = x.device.index
-    if index != torch._C._cuda_getDevice():
-        return torch.cuda.device(x.device)
-    if index not in _thread.devices:
-        if not int(_ok(driver.cuCtxGetCurrent())):
-            _ok(driver.cuCtxSetCurrent(_ok(driver.cuDevicePrimaryCtxRetain(_ok(driver.cuDeviceGet(index))))))
-        _thread.devices.add(index)
-    return _as_it_is
+
+    @functools.wraps(function)
+    def on_that_of(x: torch.Tensor, *others: Any) -> Any:
+        index = x.device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(x.device):
+                return on_that_of(x, *others)
+        if index not in _thread.devices:
+            if not int(_ok(driver.cuCtxGetCurrent())):
+                _ok(driver.cuCtxSetCurrent(_ok(driver.cuDevicePrimaryCtxRetain(_ok(driver.cuDeviceGet(index))))))
+            _thread.devices.add(index)
+        return function(x, *others)
+
+    return on_that_of
 
 
 class _Thread(threading.local):
@@ -99,7 +105,6 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_as_it_is = contextlib.nullcontext()
 
 
 def stream() -> int:

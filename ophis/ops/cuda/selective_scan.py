@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, dense, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
@@ -131,43 +131,44 @@ def why_not_these(call) -> str | None:
     return None
 
 
+@runtime.on_its_device
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
-    with runtime.on_device_of(x):
-        plan, kept = forward_plan(keep, *description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus))
-        y, final_state = empty_like(x), A.new_empty(len(x) if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
-        kept = A.new_empty(kept) if keep else None
-        if cu_seqlens is not None:  # what an empty sequence ends with
-            final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
-        inputs = (x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
-        _memory, parts = plan.scratch.allocate(A)
-        plan.run(parts, *inputs, kept, y, final_state)
+    given = addresses(x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
+    plan, kept = forward_plan(keep, *description(given, 0, x, dt, B, C, z, None, D, dt_bias, cu_seqlens, dt_softplus))
+    y, final_state = empty_like(x), A.new_empty(len(x) if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
+    kept = A.new_empty(kept) if keep else None
+    if cu_seqlens is not None:  # what an empty sequence ends with
+        final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
+    _memory, parts = plan.scratch.allocate(A)
+    plan.run([*given, *addresses(kept, y, final_state)], parts)
     return y, final_state, kept
 
 
+@runtime.on_its_device
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
-    with runtime.on_device_of(x):
-        plan = backward_plan(*description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy))
-        gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
-        d_initial = gradients[-1]
-        if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
-            d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
-        inputs = (x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
-        _memory, parts = plan.scratch.allocate(A)
-        plan.run(parts, *inputs, kept, None, None, dy, d_final, *gradients)
+    given = addresses(x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
+    flow = dy.data_ptr()
+    plan = backward_plan(*description(given, flow, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus))
+    gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
+    d_initial = gradients[-1]
+    if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
+        d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
+    _memory, parts = plan.scratch.allocate(A)
+    plan.run([*given, kept.data_ptr(), 0, 0, flow, *addresses(d_final, *gradients)], parts)
     return gradients
 
 
 def kept_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    return kept_of(x, A.shape[1])
+    """Of float32, or of pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
+    return kept_for(x.shape, x.dtype, A.shape[1])
 
 
-def kept_of(x: Tensor | Signal, n: int) -> tuple[int, int, int]:
-    """The shape of kept states, in float32 or in pairs of bfloat16: see `kept_at` in selective_scan.cuh."""
-    b, l, d = x.shape
+def kept_for(shape: tuple[int, ...], dtype: torch.dtype, n: int) -> tuple[int, int, int]:
+    b, l, d = shape
     states = -(-d // 16) * 16 * -(-padded(n) // 16) * 16
-    return b, -(-l // KEEP_EVERY), states // 2 if x.dtype == torch.bfloat16 else states
+    return b, -(-l // KEEP_EVERY), states // 2 if dtype == torch.bfloat16 else states
 
 
 # What calls have in common
@@ -182,7 +183,10 @@ class Described(NamedTuple):
     C: Signal
     z: Signal | None
     dy: Signal | None
+    shape: tuple[int, int, int]  # b, l, d
+    groups: int
     n: int
+    beyond: int  # bytes from a multiple of 16 to where one of the signals starts, or several, by `|`
     has_skip: bool
     has_bias: bool
     softplus: bool
@@ -194,12 +198,9 @@ class Described(NamedTuple):
         return cls(*signals(of_tensors), *more)
 
     @property
-    def groups(self) -> int:
-        return self.B.shape[2] if len(self.B.shape) == 4 else 1
-
-    @property
     def macros(self) -> dict[str, int]:
-        signals = [t for t in (self.x, self.dt, self.z, self.dy, self.B, self.C) if t is not None]
+        of_channels = [t for t in (self.x, self.dt, self.z, self.dy) if t is not None]
+        sizes = [*((t, self.shape[2]) for t in of_channels), (self.B, self.n), (self.C, self.n)]
         return {
             "N": padded(self.n),
             "X_KIND": KINDS[self.x.dtype],
@@ -211,15 +212,16 @@ class Described(NamedTuple):
             "HAS_BIAS": int(self.has_bias),
             "SOFTPLUS": int(self.softplus),
             "PACKED": int(self.sequences > 0),
-            "WHOLE": int(all(t.in_fours for t in signals)),
+            "WHOLE": int(all(t.in_fours(size, self.beyond) for t, size in sizes)),
         }
 
 
-def description(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, dy=None) -> tuple[Any, ...]:
-    """What makes a `Described`."""
+def description(given, flow, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus) -> tuple[Any, ...]:
+    """What makes a `Described`; `given` begins with the addresses of x, dt, B, C and z, and `flow` is that of dy."""
+    beyond = (given[0] | given[1] | given[2] | given[3] | given[4] | flow) % 16
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    of_tensors = facts(x, dt, B, C, z, dy)
-    return of_tensors, A.shape[1], D is not None, dt_bias is not None, dt_softplus, sequences, x.device
+    options = (D is not None, dt_bias is not None, dt_softplus, sequences, x.device)
+    return facts(x, dt, B, C, z, dy), x.shape, B.shape[2] if B.ndim == 4 else 1, B.shape[-1], beyond, *options
 
 
 # What `Params` of selective_scan.cuh begins with: tensors, some of which the forward pass needs, and scratch memory.
@@ -231,23 +233,23 @@ PARTS = ("carry", "span", "d_bc", "d_rates", "d_skip", "d_bias")
 def forward_plan(keep: bool, *description: Any) -> tuple[Plan, tuple[int, ...]]:
     """And the shape of what is kept."""
     call = Described.of(*description)
-    b, l, d = call.x.shape
+    b, l, d = call.shape
     macros, device = call.macros, call.device
     N, shape = macros["N"], SHAPES[macros["N"]]
     if N == 16 and relay_pays(b, d, device):
         kernel = relay_kernel(items(macros, KEEP=keep), device)
-        return planned(call, OF_FORWARD, [(kernel, b * -(-d // 16))], {}, 1), kept_of(call.x, call.n)
+        return planned(call, OF_FORWARD, [(kernel, b * -(-d // 16))], {}, 1), kept_for(call.shape, call.x.dtype, call.n)
     segments = segments_for(b, l, d, shape.channels, FORWARD_BLOCKS, device)
     kernel, blocks = forward_kernel("outputs", shape, items(macros, KEEP=keep), device), b * -(-d // shape.channels)
     launches, scratch = carry_of(call, "states", "pass_states", segments) if segments > 1 else ([], {})
     launches += [(kernel, blocks * segments)]
-    return planned(call, OF_FORWARD, launches, scratch, segments), kept_of(call.x, call.n)
+    return planned(call, OF_FORWARD, launches, scratch, segments), kept_for(call.shape, call.x.dtype, call.n)
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_plan(*description: Any) -> Plan:
     call = Described.of(*description)
-    b, l, d = call.x.shape
+    b, l, d = call.shape
     macros, device = call.macros, call.device
     N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)
     shared = backward_shared(warps, **macros)
@@ -269,9 +271,9 @@ def planned(
     call: Described, tensors: int, launches: list[Launch], scratch: dict[str, int], segments: int, blocks: int = 0
 ) -> Plan:
     """With `Params` of selective_scan.cuh."""
-    b, l, d = call.x.shape
+    b, l, d = call.shape
     strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.dt, call.z, call.dy)]
-    strides += [t.strides[:3] if len(t.shape) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
+    strides += [t.strides[:3] if len(t.strides) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
     sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments, blocks]
     parts = len(PARTS) if scratch else 0
     parameters = Parameters(
@@ -282,7 +284,7 @@ def planned(
 
 def carry_of(call: Described, ends: str, passing: str, segments: int) -> tuple[list[Launch], dict[str, int]]:
     """What comes into each segment: first what each adds by itself, then the sum of what is passed on."""
-    b, _, d = call.x.shape
+    b, _, d = call.shape
     macros = call.macros
     N, shape = macros["N"], SHAPES[macros["N"]]
     kernels = [forward_kernel(name, shape, items(macros, KEEP=False), call.device) for name in (ends, passing)]

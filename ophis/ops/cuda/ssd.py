@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, dense, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library import recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
@@ -64,32 +64,32 @@ def why_not_these(call) -> str | None:
     return None
 
 
+@runtime.on_its_device
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
     x, B, C, initial_state = map(aligned, (x, B, C, initial_state))
-    with runtime.on_device_of(x):
-        plan = forward_plan(*description(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-        y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
-        _memory, parts = plan.scratch.allocate(A)
-        plan.run(parts, x, B, C, dt, A, dt_bias, D, initial_state, cu_seqlens, y, final_state)
+    plan = forward_plan(*description(x, dt, B, C, None, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+    y, final_state = empty_like(x), edges(A, x, B, cu_seqlens, initial_state)
+    _memory, parts = plan.scratch.allocate(A)
+    plan.run(addresses(x, B, C, dt, A, dt_bias, D, initial_state, cu_seqlens, y, final_state), parts)
     return y, final_state
 
 
+@runtime.on_its_device
 def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
     dy = dy if _in_eights(dy) else dy.contiguous()
     x, B, C, dy = map(aligned, (x, B, C, dy))
     A, dt_bias = dense(A, dt_bias)
-    with runtime.on_device_of(x):
-        plans = backward_plan(*description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-        dx, d_dt, dA, d_bias, dD = (None if t is None else empty_like(t) for t in (x, dt, A, dt_bias, D))
-        _memory, parts = plans[0].scratch.allocate(A)
-        found = []
-        for plan, (b, c, initial, d_end) in zip(plans, slices(B, C, initial_state, d_final), strict=True):
-            initial, d_end = map(aligned, dense(initial, d_end))
-            dB, dC = empty_like(b), empty_like(c)
-            d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
-            inputs = (x, b, c, dt, A, dt_bias, D, initial, cu_seqlens)
-            plan.run(parts, *inputs, None, None, dy, d_end, dx, d_dt, dA, d_bias, dD, dB, dC, d_initial)
-            found.append((dB, dC, d_initial))
+    plans = backward_plan(*description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
+    dx, d_dt, dA, d_bias, dD = (None if t is None else empty_like(t) for t in (x, dt, A, dt_bias, D))
+    _memory, parts = plans[0].scratch.allocate(A)
+    found = []
+    for plan, (b, c, initial, d_end) in zip(plans, slices(B, C, initial_state, d_final), strict=True):
+        initial, d_end = map(aligned, dense(initial, d_end))
+        dB, dC = empty_like(b), empty_like(c)
+        d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
+        given = addresses(x, b, c, dt, A, dt_bias, D, initial, cu_seqlens)
+        plan.run([*given, 0, 0, *addresses(dy, d_end, dx, d_dt, dA, d_bias, dD, dB, dC, d_initial)], parts)
+        found.append((dB, dC, d_initial))
     dB, dC, d_initial = found[0] if len(found) == 1 else (joined(t) for t in zip(*found, strict=True))
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
 
@@ -151,6 +151,9 @@ class Described(NamedTuple):
     B: Signal
     C: Signal
     dy: Signal | None
+    shape: tuple[int, int, int, int]  # b, l, h, p
+    groups: int
+    n: int
     skip: tuple[int, ...] | None  # D's strides
     has_bias: bool
     softplus: bool
@@ -165,25 +168,24 @@ class Described(NamedTuple):
     @property
     def chunks(self) -> int:
         """Of a row."""
-        length = self.x.shape[1]
+        length = self.shape[1]
         return length // CHUNK + self.sequences if self.sequences else -(-length // CHUNK)
 
     @property
     def parts(self) -> int:
         """Tiles of a head."""
-        return self.x.shape[3] // TILE
+        return self.shape[3] // TILE
 
     @property
     def pairs(self) -> int:
         """Of tiles, in all groups and rows: two take B and C together."""
-        rows, _, heads, _ = self.x.shape
-        groups = self.B.shape[2]
-        return rows * groups * -(-heads // groups * self.parts // 2)
+        rows, _, heads, _ = self.shape
+        return rows * self.groups * -(-heads // self.groups * self.parts // 2)
 
     @property
     def of_chunks(self) -> int:
         """Chunks of heads."""
-        return self.x.shape[0] * self.chunks * self.x.shape[2]
+        return self.shape[0] * self.chunks * self.shape[2]
 
     def segments(self, blocks: int, finer: int = 1) -> Segments:
         """So that there are so many blocks for each multiprocessor. Ends can be those of `finer` segments."""
@@ -221,14 +223,14 @@ class Described(NamedTuple):
         walk = self.kernel(name, n), self.pairs * segments.blocks
         if not segments.ends:
             return [walk]
-        rows, _, heads, width = self.x.shape
+        rows, _, heads, width = self.shape
         pass_on = self.kernel(passing, n)
         blocks = -(-rows * heads * width * n // (4 * pass_on.threads))
         return [(self.kernel(ends, n), self.pairs * segments.ends), (pass_on, blocks), walk]
 
     def scratch(self, n: int, segments: Segments, **more: int) -> Scratch:
         """Steps and decays, what comes into each segment, and what else has so many numbers."""
-        rows, _, heads, width = self.x.shape
+        rows, _, heads, width = self.shape
         entered = rows * segments.count * heads if segments.ends else 0
         sizes = dict(decays=self.of_chunks * 4 * CHUNK, passed=entered * width * n, totals=entered, **more)
         return Scratch(*(sizes.get(name, 0) for name in PARTS))
@@ -239,7 +241,7 @@ class Described(NamedTuple):
         """`Params` of ssd.cuh."""
         strides = [(0, 0, 0) if t is None else t.strides[:3] for t in (self.x, self.B, self.C, self.dy, self.dt)]
         skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
-        sizes = (*self.x.shape, self.B.shape[2], self.sequences or self.x.shape[0], self.chunks)
+        sizes = (*self.shape, self.groups, self.sequences or self.shape[0], self.chunks)
         (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
         cut = (segments.length, segments.count, splits, segments.taken, segments.ends)
         numbers = [*itertools.chain(*strides), *skip, *sizes, *cut, of_slice, slices, limit]
@@ -249,14 +251,14 @@ class Described(NamedTuple):
 def description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) -> tuple[Any, ...]:
     """What makes a `Described`."""
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    skip, limit = None if D is None else D.stride(), tuple(dt_limit)
-    return facts(x, dt, B, C, dy), skip, dt_bias is not None, dt_softplus, limit, sequences, x.device
+    options = (None if D is None else D.stride(), dt_bias is not None, dt_softplus, tuple(dt_limit))
+    return facts(x, dt, B, C, dy), x.shape, *B.shape[2:], *options, sequences, x.device
 
 
 @functools.lru_cache(maxsize=1024)
 def forward_plan(*description: Any) -> Plan:
     call = Described.of(*description)
-    n = call.B.shape[-1]
+    n = call.n
     # Ends are found by as many more blocks as fit; of the widest states by no more.
     segments = call.segments(FORWARD_BLOCKS, finer=STATES_BLOCKS // FORWARD_BLOCKS if n <= SLICE else 1)
     launches = [call.steps("steps", n), *call.walk("outputs", "ends", "pass_states", n, segments)]
@@ -267,8 +269,8 @@ def forward_plan(*description: Any) -> Plan:
 def backward_plan(*description: Any) -> tuple[Plan, ...]:
     """One for each slice of states, on the same memory."""
     call = Described.of(*description)
-    rows, length, heads, width = call.x.shape
-    groups, n = call.B.shape[2:]
+    rows, length, heads, width = call.shape
+    groups, n = call.groups, call.n
     each = min(n, SLICE)
     count = n // each
     of_groups = rows * call.chunks * groups
