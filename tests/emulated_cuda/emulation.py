@@ -22,9 +22,8 @@ import torch
 
 for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc"):
     sys.modules[name] = types.ModuleType(name)
-sys.modules["cuda.bindings"].__dict__.update(
-    driver=types.SimpleNamespace(CUmodule=object), nvrtc=types.SimpleNamespace()
-)
+driver = types.SimpleNamespace(CUmodule=object, cuCtxGetCurrent=lambda: (0, 1))  # every thread has a context
+sys.modules["cuda.bindings"].__dict__.update(driver=driver, nvrtc=types.SimpleNamespace())
 
 from ophis.ops.cuda import plans, runtime
 
@@ -116,6 +115,6 @@ torch.Tensor.new_empty = new_empty  # type: ignore[assignment]
 plans.empty_like = lambda t: new_empty(t, t.shape)
 plans.Scratch.allocate = allocate  # type: ignore[method-assign]
 runtime.load, runtime.Kernel = load, Kernel  # type: ignore[assignment]
-runtime.on_its_device = lambda function: function
+torch._C._cuda_getDevice = lambda: None  # type: ignore[attr-defined]  # as the index of the CPU's is
 runtime.stream = lambda: 0
 runtime.multiprocessors = lambda device: 1

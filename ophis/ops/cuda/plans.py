@@ -84,8 +84,3 @@ class Plan(NamedTuple):
 
 # Without the gaps that a tensor may have. `t.new_empty(t.shape)` takes PyTorch twice as long; a backward pass has ten.
 empty_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
-def dense(*tensors: Tensor | None) -> list[Any]:
-    """Parameters and states are small: copies where they are not contiguous cost little."""
-    return [None if t is None else t.contiguous() for t in tensors]

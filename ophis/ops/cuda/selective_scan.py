@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
+from ophis.ops.library import dense
 from ophis.ops.library.selective_scan import Kernels, custom_op
 from ophis.ops.library.selective_scan import why_not as why_no_kernel
 from ophis.ops.selective_scan import selective_scan
@@ -134,9 +135,9 @@ def why_not_these(call) -> str | None:
 @runtime.on_its_device
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep):
     given = addresses(x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
-    plan, kept = forward_plan(keep, *description(given, 0, x, dt, B, C, z, None, D, dt_bias, cu_seqlens, dt_softplus))
+    plan, shape = forward_plan(keep, *description(given, 0, x, dt, B, C, z, None, D, dt_bias, cu_seqlens, dt_softplus))
     y, final_state = empty_like(x), A.new_empty(len(x) if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
-    kept = A.new_empty(kept) if keep else None
+    kept = A.new_empty(shape) if keep else None
     if cu_seqlens is not None:  # what an empty sequence ends with
         final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
     _memory, parts = plan.scratch.allocate(A)
@@ -193,10 +194,6 @@ class Described(NamedTuple):
     sequences: int  # 0: not packed
     device: torch.device
 
-    @classmethod
-    def of(cls, of_tensors: tuple[Any, ...], *more: Any) -> Described:
-        return cls(*signals(of_tensors), *more)
-
     @property
     def macros(self) -> dict[str, int]:
         of_channels = [t for t in (self.x, self.dt, self.z, self.dy) if t is not None]
@@ -230,9 +227,9 @@ PARTS = ("carry", "span", "d_bc", "d_rates", "d_skip", "d_bias")
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(keep: bool, *description: Any) -> tuple[Plan, tuple[int, ...]]:
+def forward_plan(keep: bool, of_tensors: tuple[Any, ...], *more: Any) -> tuple[Plan, tuple[int, ...]]:
     """And the shape of what is kept."""
-    call = Described.of(*description)
+    call = Described(*signals(of_tensors), *more)
     b, l, d = call.shape
     macros, device = call.macros, call.device
     N, shape = macros["N"], SHAPES[macros["N"]]
@@ -247,8 +244,8 @@ def forward_plan(keep: bool, *description: Any) -> tuple[Plan, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(*description: Any) -> Plan:
-    call = Described.of(*description)
+def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
+    call = Described(*signals(of_tensors), *more)
     b, l, d = call.shape
     macros, device = call.macros, call.device
     N, warps = macros["N"], warps_for(b, l, d, call.groups, call.macros)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, dense, empty_like, facts, signals
+from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
-from ophis.ops.library import recorded
+from ophis.ops.library import dense, recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
 from ophis.ops.library.ssd import why_not as why_no_kernel
 from ophis.ops.ssd import ssd
@@ -161,10 +161,6 @@ class Described(NamedTuple):
     sequences: int  # 0: not packed
     device: torch.device
 
-    @classmethod
-    def of(cls, of_tensors: tuple[Any, ...], *more: Any) -> Described:
-        return cls(*signals(of_tensors), *more)
-
     @property
     def chunks(self) -> int:
         """Of a row."""
@@ -256,8 +252,8 @@ def description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit) 
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(*description: Any) -> Plan:
-    call = Described.of(*description)
+def forward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
+    call = Described(*signals(of_tensors), *more)
     n = call.n
     # Ends are found by as many more blocks as fit; of the widest states by no more.
     segments = call.segments(FORWARD_BLOCKS, finer=STATES_BLOCKS // FORWARD_BLOCKS if n <= SLICE else 1)
@@ -266,9 +262,9 @@ def forward_plan(*description: Any) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(*description: Any) -> tuple[Plan, ...]:
+def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> tuple[Plan, ...]:
     """One for each slice of states, on the same memory."""
-    call = Described.of(*description)
+    call = Described(*signals(of_tensors), *more)
     rows, length, heads, width = call.shape
     groups, n = call.groups, call.n
     each = min(n, SLICE)

@@ -29,6 +29,11 @@ def in_float32(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Parameters and states are small: copies where they are not contiguous cost little."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the gradient of a call on these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+from ophis.ops.library import dense
 from ophis.ops.library import selective_scan as library
 from ophis.ops.selective_scan import selective_scan, selective_scan_step
 from ophis.ops.triton import multiprocessors, on_device_of, why_not_here
@@ -94,11 +95,6 @@ def strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
     return (0,) * axes if t is None else t.stride()
 
 
-def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Parameters and states, which are small beside the signals, contiguous: their offsets take no registers then."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
 def state_shape(A: Tensor) -> tuple[int, int, int]:
     """See `blocked`."""
     d, n = A.shape
@@ -124,7 +120,6 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     if l == 1 and cu_seqlens is None and not keep:
         final = A.new_empty(b, d, n)
         return one_position(x, dt, A, B, C, D, z, dt_bias, initial_state, final, dt_softplus), final, A.new_empty(0)
-    A, D, dt_bias, initial_state = dense(A, D, dt_bias, initial_state)
     padded, tile = tile_of(FORWARD, n)
     chunk = chunk_of(n)
     grid = Grid.of(x, B.shape[2], tile.channels, chunk, FORWARD_PROGRAMS, FORWARD_LEAST)

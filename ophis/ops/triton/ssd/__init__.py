@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ophis.ops.library import dense
 from ophis.ops.library import ssd as library
 from ophis.ops.ssd import ssd, ssd_step
 from ophis.ops.triton import multiprocessors, on_device_of, why_not_here
@@ -110,11 +111,6 @@ def skip_strides(D: Tensor | None) -> tuple[int, int]:
     return (0, 0) if D is None else (D.stride(0), 0 if D.ndim == 1 else D.stride(1))
 
 
-def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Parameters and states, which are small beside the signals."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
 def launch(how: Launch) -> dict[str, int]:
     return dict(num_warps=how.warps, STAGES=how.stages)
 
@@ -198,7 +194,6 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
         signals = [None if t is None else t[:, 0] for t in (x, dt, B, C, z, y)]
         one_position(*signals, A, D, dt_bias, initial_state, final, dt_softplus, dt_limit)
         return y, final
-    A, dt_bias, initial_state = dense(A, dt_bias, initial_state)
     plan = Plan.of(x, B, C, cu_seqlens)
     segments = plan.segments(x, FORWARD_PROGRAMS)
     final = edges(x, n, plan.sequences, initial_state, cu_seqlens)
