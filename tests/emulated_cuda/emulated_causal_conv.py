@@ -1,4 +1,4 @@
-"""The convolution's CUDA kernel on a CPU (see emulation.py). Backward is the reference's; on a GPU, Triton's."""
+"""The convolution's CUDA kernels on a CPU (see emulation.py)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,8 @@ from ophis.ops.cuda import causal_conv as convolution
 from ophis.ops.library import causal_conv as conv_library
 from ophis.testing import CASES, check
 
-
-def conv_backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_state)]
-    with torch.enable_grad():
-        names = ("x", "weight", "bias", "initial_state")
-        call = dict(zip(names, leaves, strict=True), cu_seqlens=cu_seqlens, activation="silu" if silu else None)
-        outputs = causal_conv.run_reference(**call)
-    wanted = [t for t in leaves if t is not None]
-    weights = [dy, torch.zeros_like(outputs[1]) if d_final is None else d_final]
-    found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, materialize_grads=True))
-    return tuple(None if t is None else next(found) for t in leaves)
-
-
 causal_conv.register("emulated", convolution.why_not_these)(
-    conv_library.custom_op("emulated", conv_library.Kernels(convolution.forward, conv_backward))
+    conv_library.custom_op("emulated", conv_library.Kernels(convolution.forward, convolution.backward))
 )
 CONV = [case for case in CASES["causal_conv"] if causal_conv.explain(**case.inputs(length=4, d=24))["emulated"] is None]
 
@@ -58,3 +45,30 @@ def test_convolution_of_a_slice():
         wide = torch.full((2, 40, 48), torch.nan)
         inputs["x"] = wide[..., offset : offset + 20].copy_(inputs["x"])
         check(causal_conv, inputs, "emulated")
+
+
+@pytest.mark.parametrize("w", (2, 3, 4))
+def test_convolution_of_widths(w: int):
+    """With more channels than a warp takes, in chunks that end within a run."""
+    case = next(case for case in CONV if case.name == "everything")
+    check(causal_conv, case.inputs(length=37, b=2, d=148, w=w), "emulated")
+
+
+@pytest.mark.parametrize("layout", ("slice", "misaligned slice", "channels first", "the same everywhere"))
+def test_gradients_that_lie_otherwise(layout: str):
+    """Those of the outputs, as autograd hands them on."""
+    inputs = next(case for case in CONV if case.name == "everything").inputs(length=20, b=2, d=24)
+    dense = torch.randn(2, 20, 24)
+    dy = {
+        "slice": lambda: torch.nn.functional.pad(dense, (4, 4), value=torch.nan)[..., 4:28],
+        "misaligned slice": lambda: torch.nn.functional.pad(dense, (3, 5), value=torch.nan)[..., 3:27],
+        "channels first": lambda: dense.mT.contiguous().mT,
+        "the same everywhere": lambda: dense[:1, :1, :1].expand(2, 20, 24),
+    }[layout]()
+    found = []
+    for backend, weight in (("emulated", dy), ("reference", dy.contiguous())):
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        y, _ = causal_conv(**{**inputs, **leaves}, backend=backend)
+        found.append(torch.autograd.grad(y, list(leaves.values()), weight))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -41,10 +41,12 @@ NAMES = {
     "ssd_steps.cu": ("steps", "d_steps", "add_chunks", "add_splits"),
     "ssd_forward.cu": ("outputs", "states", "ends", "flows", "flow_ends", "pass_states", "pass_flows"),
     "ssd_backward.cu": ("backward", "backward_later"),
-    "causal_conv.cu": ("convolve",),
+    "causal_conv_forward.cu": ("convolve",),
+    "causal_conv_backward.cu": ("convolve_back", "add_up"),
 }
 # What has `Shared` of its own, by kernel where they differ.
 SHARED = {name: f"Shared<{name.upper()}>" for name in ("outputs", "states", "ends", "flows", "flow_ends")}
+WITHOUT_SHARED = {"gather", "convolve", "convolve_back", "add_up", "add_chunks", "add_splits"}
 FOLDER = Path(tempfile.mkdtemp())
 
 
@@ -72,7 +74,7 @@ def compiled(source: str, macros: runtime.Macros = ()) -> ctypes.CDLL:
 
 def shared_of(file: str, name: str) -> str:
     """The size of the shared memory that a kernel takes, in C++."""
-    if name in ("gather", "convolve", "add_chunks", "add_splits") or name.startswith("pass_"):
+    if name in WITHOUT_SHARED or name.startswith("pass_"):
         return "0"
     return f"sizeof({SHARED[name]})" if file == "ssd_forward.cu" else "sizeof(Shared)"
 
@@ -107,7 +109,7 @@ def allocate(self: plans.Scratch, like: torch.Tensor) -> tuple[list[torch.Tensor
     """Each part by itself, since the next one would hide what is written past the end."""
     if not self.numbers:
         return [], []
-    parts = [new_empty(like, (size,)) for size in self.sizes]
+    parts = [new_empty(like, (size,), dtype=torch.float32) for size in self.sizes]
     return parts, [part.data_ptr() if size else 0 for part, size in zip(parts, self.sizes, strict=True)]
 
 

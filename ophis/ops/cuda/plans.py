@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ophis.ops.cuda import runtime
 
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Kind` of numbers.cuh
 Launch = tuple[runtime.Kernel, int]  # and its blocks
 
 
@@ -62,7 +63,7 @@ class Scratch:
         """What is to be kept until the kernels are launched, and each part's address: null where it has no size."""
         if not self.numbers:
             return None, ()
-        memory = like.new_empty(self.numbers)
+        memory = like.new_empty(self.numbers, dtype=torch.float32)
         start = memory.data_ptr()
         return memory, [0 if offset is None else start + offset for offset in self.offsets]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
+from ophis.ops.cuda.plans import KINDS, Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library import dense
 from ophis.ops.library.selective_scan import Kernels, custom_op
@@ -25,7 +25,6 @@ from ophis.ops.selective_scan import selective_scan
 
 KEEP_EVERY = 32  # positions from one kept state to the next, as in selective_scan.cuh
 FURTHEST = 2**24  # numbers between neighbouring positions: the kernels take up to 64 of them with offsets of 32 bits
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Shape(NamedTuple):

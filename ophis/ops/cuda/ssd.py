@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.cuda import runtime
-from ophis.ops.cuda.plans import Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
+from ophis.ops.cuda.plans import KINDS, Launch, Plan, Scratch, Signal, addresses, empty_like, facts, signals
 from ophis.ops.cuda.runtime import Parameters
 from ophis.ops.library import dense, recorded
 from ophis.ops.library.ssd import DIFFERENTIABLE, Kernels, custom_op
@@ -27,7 +27,6 @@ CHUNK, TILE = 64, 64  # positions; channels of a head
 THREADS = 256
 SIZES = (64, 128, 256)  # n
 SLICE = 128  # states that the backward kernels take at once: outputs, and so all gradients, are sums over states
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD_BLOCKS, STATES_BLOCKS = 1, 2  # on a multiprocessor: rows are cut into segments to have so many
 BACKWARD_BLOCKS = 4  # likewise, where the heads of a group are shared out; these wait for each other
 

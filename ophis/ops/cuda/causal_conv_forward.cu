@@ -4,36 +4,8 @@
 // first. The W - 1 before them come from the cache, into which its neighbour in time has fetched them. The last blocks
 // leave the final windows.
 //
-// b batch  l length  d channels. Compiled with, as macros: X_KIND, WEIGHT_KIND, BIAS_KIND, INITIAL_KIND, W, SILU,
-// HAS_BIAS, HAS_INITIAL, PACKED, RUN, WARPS.
-#include "numbers.cuh"
-
-typedef long long i64;
-using X = Stored<X_KIND>::type;
-
-struct Params {
-  const void *x, *weight, *bias, *initial;  // (d, W); (d)
-  const int* offsets;                       // of packed sequences
-  void* y;
-  float* final_state;  // (b or sequences, W - 1, d)
-  i64 x_b, x_l, initial_b, initial_l, initial_d, batch, length, channels, sequences, runs;
-};
-
-// The four channels' inputs at a position of a sequence that starts at `start`, or before it.
-__device__ __forceinline__ void input_at(const Params& p, const X* x, int position, int start, int sequence, int channel, float (&f)[4]) {
-  if (position >= start) {
-    widen4<X_KIND>(fetch4<X_KIND>(x + position * p.x_l), f);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    f[k] = 0.f;
-    if (HAS_INITIAL) {
-      const i64 at = sequence * p.initial_b + (position - start + W - 1) * p.initial_l + (channel + k) * p.initial_d;
-      f[k] = widen<INITIAL_KIND>(((const Stored<INITIAL_KIND>::type*)p.initial)[at]);
-    }
-  }
-}
+// b batch  l length  d channels. Compiled with, as macros, besides those of causal_conv.cuh: RUN, WARPS.
+#include "causal_conv.cuh"
 
 // The sequence that a position lies in: the last one that starts at or before it.
 __device__ __forceinline__ int sequence_at(const Params& p, i64 position) {
@@ -87,17 +59,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) convolve(const __grid_c
       if (first + i >= W - 1 && first + i - (W - 1) < p.length) rows[i] = fetch4<X_KIND>(from + (i - (W - 1)) * step);
     }
   }
-  float weights[4][W], bias[4] = {};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const auto* w = (const Stored<WEIGHT_KIND>::type*)p.weight + (i64)(channel + j) * W;
-    float f[4];
-    if (W == 4) widen4<WEIGHT_KIND>(fetch4<WEIGHT_KIND>(w), f);
-    else widen4<WEIGHT_KIND>(fetch4<WEIGHT_KIND>(w, 1, W), f);
-#pragma unroll
-    for (int k = 0; k < W; ++k) weights[j][k] = f[k];
-  }
-  if (HAS_BIAS) widen4<BIAS_KIND>(fetch4<BIAS_KIND>((const Stored<BIAS_KIND>::type*)p.bias + channel), bias);
+  float weights[4][W], bias[4];
+  read_parameters(p, channel, weights, bias);
 
   X* y = (X*)p.y + (b * p.length + first) * p.channels + channel;
   auto leave = [&](int t, const float (&window)[W][4], int oldest) {
