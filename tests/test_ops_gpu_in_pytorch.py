@@ -292,11 +292,12 @@ def test_first_calls_and_new_lengths(name: str, backend: str, tmp_path):
     time, and no length compiles anything anew. Importing PyTorch and starting CUDA are not counted."""
     skip_unless(name, backend, fullest(name, dtype=torch.bfloat16, d=2048, n={"selective_scan": 16, "ssd": 128}[name]))
     folders = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "OPHIS_CACHE_DIR": str(tmp_path / "ophis")}
+    own_caches = {**folders, "CUDA_CACHE_DISABLE": "1"}  # NVRTC has one of its own, which other tests may have filled
     seconds = []
     for _ in ("cold", "warm"):
         done = subprocess.run(
             [sys.executable, "-c", FIRST_CALL, name, backend],
-            env={**os.environ, **folders},
+            env={**os.environ, **own_caches},
             capture_output=True,
             text=True,
         )
