@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ophis.bench import language_models, ops, peers, plots, shapes, timing
+from ophis.bench import language_models, layers, ops, peers, plots, shapes, tables, timing
 from ophis.bench.provenance import write_csv
 from ophis.cli import main
 from ophis.ops import OPS
@@ -66,7 +66,7 @@ def test_a_table_and_its_plots(capsys):
 @pytest.mark.parametrize("op", [op for op in shapes.SHAPES if op not in STEPS])
 def test_every_operator_runs(op: str):
     found = list(ops.run(op, CPU, quick=True, backends=["torch"]))
-    assert not [item for item in found if isinstance(item, ops.Note)]
+    assert not [item for item in found if isinstance(item, tables.Note)]
     assert len(found) == 2 * len(shapes.shapes_of(op, quick=True))  # forward, forward + backward
 
 
@@ -76,7 +76,7 @@ def test_steps_run_and_are_checked(op: str, monkeypatch):
     register(monkeypatch, op, "right", OPS[op].reference)
     register(monkeypatch, op, "idle", lambda state, **call: OPS[op].reference(state=state.clone(), **call))
     found = list(ops.run(op, CPU, quick=True, backends=["right", "idle"]))
-    notes = [item for item in found if isinstance(item, ops.Note)]
+    notes = [item for item in found if isinstance(item, tables.Note)]
     assert notes
     assert all(note.wrong and "idle is wrong" in note.text and "state is off by" in note.text for note in notes)
     rows = [row for row in found if isinstance(row, dict)]
@@ -168,7 +168,7 @@ def test_a_backend_that_is_wrong_at_the_full_size_only_is_not_timed(direction: s
         monkeypatch.setattr(ops, "_wrong", lambda *_: None)
     register(monkeypatch, "gated_rms_norm", "hasty", hasty)
     found = list(ops.run("gated_rms_norm", CPU, quick=True, backends=["torch", "hasty"]))
-    (note,) = [item for item in found if isinstance(item, ops.Note)]
+    (note,) = [item for item in found if isinstance(item, tables.Note)]
     assert note.wrong
     assert "hasty and torch differ, in " + ("y by" if direction == shapes.FORWARD else "the gradient of x") in note.text
     directions = {row["direction"] for row in found if isinstance(row, dict) and row["backend"] == "hasty"}
@@ -178,7 +178,7 @@ def test_a_backend_that_is_wrong_at_the_full_size_only_is_not_timed(direction: s
 def test_a_slow_backend_is_left_out_and_said_to_be(monkeypatch):
     monkeypatch.setattr(timing, "seconds", lambda call, device: 1.5)
     (note,) = ops.run("gated_rms_norm", CPU, quick=True, backends=["torch"])
-    assert isinstance(note, ops.Note)
+    assert isinstance(note, tables.Note)
     assert "torch would take 3 s a call, and is left out" in note.text
     assert not note.wrong
 
@@ -191,16 +191,16 @@ def test_what_a_short_call_takes_whatever_its_length_is_not_multiplied(monkeypat
 
 
 def test_published_times_are_joined_where_everything_is_the_same():
-    rows = ops.read_against(PUBLISHED)
+    rows = tables.read_against(PUBLISHED)
     row = {"op": "selective_scan", "case": "gated", "batch": 16, "length": 2048, "d": 2048, "n": 16, "w": "",
            "dtype": "bfloat16", "direction": "forward"}  # fmt: skip
-    found = ops.fastest(row, rows)
+    found = tables.fastest(row, rows)
     assert found is not None
     assert float(found["ms"]) == 1.17
-    assert ops.fastest({**row, "dtype": "float32"}, rows) is None
-    assert ops.fastest({**row, "case": "no gate"}, rows) is None
+    assert tables.fastest({**row, "dtype": "float32"}, rows) is None
+    assert tables.fastest({**row, "case": "no gate"}, rows) is None
     conv = {**row, "op": "causal_conv", "case": "slice of 2 d", "n": "", "w": 4}
-    found = ops.fastest(conv, rows)
+    found = tables.fastest(conv, rows)
     assert found is not None
     assert found["source"].startswith("causal-conv1d, (b, d, l) layout")  # the faster of two
 
@@ -212,13 +212,13 @@ def test_every_published_time_meets_a_shape():
         for shape in shapes.shapes_of(op)
         for direction in shape.directions
     }
-    for row in ops.read_against(PUBLISHED):
+    for row in tables.read_against(PUBLISHED):
         assert tuple(row[k] for k in ("op", "batch", "length", "d", "n", "w", "direction")) in measured
 
 
 def test_against_is_a_column(capsys):
     row = 'gated_rms_norm,,,,,,,,forward,1000,"a snail, at rest"'
-    Path("snail.csv").write_text(f"{','.join(ops.KEYS)},ms,source\n{row}\n")
+    Path("snail.csv").write_text(f"{','.join(tables.KEYS)},ms,source\n{row}\n")
     assert main(["bench", "gated_rms_norm", "--quick", "--device", "cpu", "--against", "snail.csv"]) == 0
     assert "times as fast as a snail\n" in capsys.readouterr().out
     forward, training = table("gated_rms_norm_cpu.csv")
@@ -269,7 +269,7 @@ def test_peers_get_the_same_numbers_in_their_layout(monkeypatch):
         found, missing = peers.peers_of(op)
         assert not missing
         measured = list(ops._measure(shape, CPU, ["torch"], found, timing.Limits(1e10, None), True, ()))
-        assert not [item for item in measured if isinstance(item, ops.Note)]
+        assert not [item for item in measured if isinstance(item, tables.Note)]
         rows = [row for row in measured if isinstance(row, dict)]
         assert {row["backend"] for row in rows} == {"torch"} | {peer.name for peer, _ in found}
         for row in rows:
@@ -290,7 +290,7 @@ def test_a_peer_that_fails_is_left_out_and_named():
     measured = ops._measure(shape, CPU, ["torch"], [(peer, fail)], timing.Limits(1e10, None), True, ())
     note, *rows = measured
     text = "mamba-ssm fails: AttributeError: 'NoneType' object has no attribute 'stride'"
-    assert note == ops.Note(f"{shape}: {text}")
+    assert note == tables.Note(f"{shape}: {text}")
     assert [row["backend"] for row in rows] == ["torch", "torch"]  # type: ignore[index]
 
 
@@ -350,12 +350,12 @@ def test_a_run_that_is_cut_off_loses_nothing_of_what_it_did_not_reach():
     """A shape's forward rows come first; those of its backward pass stay until they are measured anew."""
 
     def row(length: int, direction: str, date: str) -> dict[str, Any]:
-        return {**dict.fromkeys(ops.KEYS, ""), "length": length, "direction": direction, "date": date}
+        return {**dict.fromkeys(tables.KEYS, ""), "length": length, "direction": direction, "date": date}
 
     table = Path("ssd_cuda.csv")
     there = [row(length, direction, "old") for length in (64, 128) for direction in (shapes.FORWARD, shapes.TRAINING)]
     write_csv(table, there)
-    found = ops.with_others([row(64, shapes.FORWARD, "new"), row(256, shapes.FORWARD, "new")], table)
+    found = tables.with_others([row(64, shapes.FORWARD, "new"), row(256, shapes.FORWARD, "new")], table)
     assert [(str(r["length"]), r["direction"], r["date"]) for r in found] == [
         *(("64", shapes.FORWARD, "new"), ("64", shapes.TRAINING, "old")),
         *(("128", shapes.FORWARD, "old"), ("128", shapes.TRAINING, "old"), ("256", shapes.FORWARD, "new")),
@@ -413,7 +413,7 @@ def test_peers_of_ssd_get_the_same_numbers(monkeypatch):
         assert not missing
         on_cpu = [(peer, function) for peer, function in found if peer.same_work]
         measured = list(ops._measure(shape, CPU, [backend], on_cpu, timing.Limits(1e10, None), True, ()))
-        assert not [item for item in measured if isinstance(item, ops.Note)]
+        assert not [item for item in measured if isinstance(item, tables.Note)]
         assert {row["backend"] for row in measured} == {backend, *(peer.name for peer, _ in on_cpu)}  # type: ignore[index]
     attention = next(peer for peer in peers.PEERS["ssd"] if not peer.same_work and "64" in peer.name)
     given = []
@@ -421,3 +421,68 @@ def test_peers_of_ssd_get_the_same_numbers(monkeypatch):
     assert {tuple(t.shape) for t in inputs.values()} == {(2, 2, 16, 64)}
     call(**inputs)
     assert given == list(inputs.values())
+
+
+def official(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A stand-in for mamba-ssm's: the same parameters, one output."""
+
+    class Official(cls):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    return Official
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_layers_beside_the_official_ones(name: str, monkeypatch):
+    ours, theirs = layers.LAYERS[name]
+    module, _, cls = theirs.partition(":")
+    stand_in = types.ModuleType(module)
+    setattr(stand_in, cls, official(ours))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    assert main(["bench", name, "--quick", "--device", "cpu"]) == 0
+    rows = table(f"{name}_cpu.csv")
+    assert [(row["backend"], row["direction"]) for row in rows] == [
+        (side, direction) for direction in plots.DIRECTIONS for side in ("ophis", "mamba-ssm")
+    ]
+    assert all(row["times_faster"] for row in rows if row["backend"] == "ophis")
+    assert png(f"{name}_cpu.png")
+
+
+def test_an_official_layer_that_fails_or_differs_is_named(monkeypatch):
+    class Other(official(layers.LAYERS["mamba"][0])):
+        def forward(self, x):
+            return 1.2 * super().forward(x)
+
+    class Failing(official(layers.LAYERS["mamba"][0])):
+        def forward(self, x):
+            raise RuntimeError("no kernel\nimage")
+
+    for cls, text in ((Other, "ophis and mamba-ssm differ by "), (Failing, "mamba-ssm fails: RuntimeError: no kernel")):
+        monkeypatch.setattr(layers, "imported", lambda _, cls=cls: (cls, ""))
+        note, *_, last = layers.run("mamba", CPU, quick=True)
+        assert isinstance(note, tables.Note)
+        assert note.text.startswith(f"2 x 64 x 32: {text}")
+        assert isinstance(last, dict)
+        assert last["backend"] == ("mamba-ssm" if cls is Other else "ophis")
+
+
+def test_what_a_layer_must_at_least_do():
+    mamba = layers.LAYERS["mamba"][0](32)  # 64 channels, rank 2, n 16, float32
+    x = torch.zeros(2, 64, 32)
+    linears, others = 32 * 128 + 64 * (2 + 32) + 2 * 64 + 64 * 32, 64 * (4 + 1 + 1 + 16 + 1)
+    done = layers.least(mamba, x, shapes.FORWARD)
+    assert done == (4 * (2 * 128 * 32 + linears + others), 128 * 64 * (16 + 3), 2 * 128 * linears)
+    twice = layers.least(mamba, x, shapes.TRAINING)
+    assert twice == (4 * (5 * 128 * 32 + 3 * (linears + others)), 2 * done.exponentials, 3 * done.flops)
+    mamba2 = layers.LAYERS["mamba2"][0](32)  # a head of 64, n 128
+    of_ssd = shapes.products("ssd", {"x": torch.zeros(2, 64, 1, 64), "B": torch.zeros(2, 64, 1, 128)}, shapes.FORWARD)
+    linears = 32 * (64 + (64 + 256) + 1) + 64 * 32
+    assert layers.least(mamba2, x, shapes.FORWARD).flops == 2 * 128 * linears + of_ssd
+
+
+def test_a_name_that_is_neither_and_a_backend_of_a_layer(capsys):
+    assert main(["bench", "mamba3"]) == 2
+    assert "no operator or layer 'mamba3' to measure; there are selective_scan, " in capsys.readouterr().err
+    assert main(["bench", "mamba", "--backend", "torch"]) == 2
+    assert "--backend is for operators" in capsys.readouterr().err

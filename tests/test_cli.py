@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ophis
+from ophis.bench.layers import LAYERS
 from ophis.bench.shapes import SHAPES
 from ophis.cli import info, main
 from ophis.generation import TextStreamer, generate_text, load_tokenizer
@@ -233,8 +234,8 @@ def test_generate_from_damaged_folder(model, capsys):
 def test_bench_mistakes(capsys):
     quick = ["bench", "rms_norm", "--quick", "--device", "cpu"]
     error = error_of(["bench", "selective_sacn", "--quick"], capsys)
-    assert error.startswith("no operator 'selective_sacn' to measure; there are selective_scan, ")
-    assert "no operator 's4d' to measure" in error_of(["bench", "rms_norm", "s4d"], capsys)
+    assert error.startswith("no operator or layer 'selective_sacn' to measure; there are selective_scan, ")
+    assert "no operator or layer 's4d' to measure" in error_of(["bench", "rms_norm", "s4d"], capsys)
     error = error_of([*quick, "--backend", "tritno"], capsys)
     assert error.startswith("no backend 'tritno' of rms_norm; there are ")
     assert error.endswith("torch")
@@ -261,7 +262,7 @@ def test_bench_names_its_operators(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["bench", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"any of {', '.join(SHAPES)} " in printed
+    assert f"any of {', '.join(SHAPES)}; of layers, {' and '.join(LAYERS)} " in printed
 
 
 def test_bench_without_matplotlib(capsys, monkeypatch):

@@ -6,31 +6,22 @@ backends on all of them; a wrong one is refused. All sides of a call take turns 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ophis.bench import peers, shapes, timing
-from ophis.bench.provenance import provenance
+from ophis.bench import peers, shapes, tables, timing
 from ophis.bench.shapes import FORWARD, Shape
+from ophis.bench.tables import Note
 from ophis.ops import OPS
 from ophis.testing import STEPS, TOLERANCES, assert_close, check, error, is_differentiable, widened
 
 SLOW = 1.0  # seconds of a call above which a backend is not timed: PyTorch's scan of a hundred thousand positions
 SHORT = 0.01  # seconds, of which launching kernels may be a good part
 AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
-
-
-class Note(NamedTuple):
-    """Something to tell that is not a row."""
-
-    text: str
-    wrong: bool = False  # a backend gave wrong results
 
 
 class Side:
@@ -166,53 +157,16 @@ def _measure(
         ours = [n for n in sides if n not in of_others]
         if not ours:
             return
-        moved = shapes.bytes_moved(shape.op, inputs, sides[ours[0]].forward(), direction)
-        powers = shapes.exponentials(shape.op, inputs, direction)
+        least = tables.Least(
+            shapes.bytes_moved(shape.op, inputs, sides[ours[0]].forward(), direction),
+            shapes.exponentials(shape.op, inputs, direction),
+            shapes.products(shape.op, inputs, direction),
+        )
         calls = {name: side.call(direction) for name, side in sides.items()}
-        found = timing.take_turns(calls, device, repeats=3 if quick else None)
-        same = {peer.name for peer, _ in others if peer.same_work}
-        theirs = {name: times.p50 for name, times in found.items() if name in same}
-        peer = min(theirs, key=lambda name: theirs[name], default=None)
-        flops = shapes.products(shape.op, inputs, direction)
-        floor = limits.floor(moved, powers, flops)
-        for name, times in found.items():
-            row = {
-                "op": shape.op,
-                "case": shape.case,
-                "batch": shape.sizes["b"],
-                "length": shape.sizes["l"],
-                "d": shape.width,
-                **{letter: shape.sizes.get(letter, "") for letter in ("n", "w")},
-                "dtype": str(shape.dtype).removeprefix("torch."),
-                "direction": direction,
-                "backend": name,
-                "ms_p20": _digits(times.p20),
-                "ms_p50": _digits(times.p50),
-                "ms_p80": _digits(times.p80),
-                "repeats": times.repeats,
-                "graph_ms": _digits(times.graph),
-                "peak_mib": "" if times.peak_mib is None else f"{times.peak_mib:.1f}",
-                "bytes": moved,
-                "exponentials": powers,
-                "flops": flops,
-                "floor_ms": _digits(floor),
-                "share_of_floor": _digits(floor / times.p50, 3),
-            }
-            other = peer if name in names else None
-            published = fastest(row, against) if name in names else None
-            yield {
-                **row,
-                "peer": other or "",
-                "peer_ms": _digits(theirs[other]) if other else "",
-                "times_faster": _digits(theirs[other] / times.p50, 3) if other else "",
-                "against": published["source"] if published else "",
-                "against_ms": published["ms"] if published else "",
-                "against_times_faster": _digits(float(published["ms"]) / times.p50, 3) if published else "",
-                "copy_bytes_per_s": f"{limits.copy:.3g}",
-                "exponentials_per_s": f"{limits.exponentials:.3g}" if limits.exponentials else "",
-                "flops_per_s": f"{limits.products:.3g}" if limits.products else "",
-                **provenance(device.type),
-            }
+        same = [peer.name for peer, _ in others if peer.same_work]
+        yield from tables.timed(
+            {**shape.columns, "direction": direction}, calls, least, device, limits, names, same, against, quick
+        )
 
 
 # What is run
@@ -316,55 +270,3 @@ def _error_in_parts(actual: Tensor, expected: Tensor) -> float:
         return error(actual.float(), expected.float())
     pairs = zip(actual.split(65536, 1), expected.split(65536, 1), strict=True)
     return max((error(a.float(), e.float()) for a, e in pairs), key=lambda off: (off != off, off))
-
-
-# What others published
-
-
-KEYS = ("op", "case", "batch", "length", "d", "n", "w", "dtype", "direction")
-
-
-def read_against(path: Path) -> list[dict[str, str]]:
-    """A table with the columns above, `ms` and `source`; an empty cell fits everything."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if absent := {*KEYS, "ms", "source"} - set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: no column {', '.join(sorted(absent))}")
-    return rows
-
-
-def with_others(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:
-    """The rows, in place of those of the same shapes and direction in a table, if there is one.
-
-    Raises:
-        ValueError: the table has other columns, those of another version; what it holds would be lost.
-    """
-    if not table.is_file():
-        return list(rows)
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        there = list(reader)
-    if rows and there and (reader.fieldnames or []) != list(rows[0]):
-        raise ValueError(f"{table} has other columns than this version writes; move it away, or name another --out")
-    new = {_measured(row) for row in rows}
-    kept = [row for row in there if _measured(row) not in new]
-    order = {key: i for i, key in enumerate(dict.fromkeys(_measured(row)[:-1] for row in [*there, *rows]))}
-    return sorted([*kept, *rows], key=lambda row: (order[_measured(row)[:-1]], row["direction"] != FORWARD))
-
-
-def _measured(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in KEYS)
-
-
-def fastest(row: dict[str, Any], table: Sequence[dict[str, str]]) -> dict[str, str] | None:
-    fitting = [other for other in table if all(other[key] in ("", str(row[key])) for key in KEYS)]
-    return min(fitting, key=lambda other: float(other["ms"]), default=None)
-
-
-def _digits(value: float | None, count: int = 4) -> str:
-    """Without an exponent, which some spreadsheets do not read."""
-    if value is None:
-        return ""
-    rounded = float(f"{value:.{count}g}")
-    return f"{rounded:.9f}".rstrip("0").rstrip(".") if abs(rounded) < 1 else f"{rounded:g}"

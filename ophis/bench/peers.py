@@ -31,15 +31,24 @@ def peers_of(op: str) -> tuple[list[tuple[Peer, Callable[..., Any]]], list[str]]
     """Those that can be imported, each with its function, and for each package that cannot a line that says so."""
     found, missing = [], {}
     for peer in PEERS.get(op, ()):
-        module, _, name = peer.function.partition(":")
-        try:
-            found.append((peer, getattr(importlib.import_module(module), name)))
-        except ModuleNotFoundError as error:
-            absent = error.name == module.partition(".")[0]
-            missing[peer.package] = "is not installed" if absent else f"needs {error.name}"
-        except Exception as error:  # compiled for another PyTorch, say: whatever it is, it is not ours
-            missing[peer.package] = f"cannot be imported ({error})"
+        function, reason = imported(peer.function)
+        if function is None:
+            missing[peer.package] = reason
+        else:
+            found.append((peer, function))
     return found, [f"{package} {reason}: its rows are left out" for package, reason in missing.items()]
+
+
+def imported(what: str) -> tuple[Any, str]:
+    """A function or class, as module:name; or None, and what keeps it away."""
+    module, _, name = what.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name), ""
+    except ModuleNotFoundError as error:
+        absent = error.name == module.partition(".")[0]
+        return None, "is not installed" if absent else f"needs {error.name}"
+    except Exception as error:  # compiled for another PyTorch, say: whatever it is, it is not ours
+        return None, f"cannot be imported ({error})"
 
 
 def _scan(function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -40,6 +40,19 @@ class Shape(NamedTuple):
     def directions(self) -> tuple[str, ...]:
         return (FORWARD,) if self.is_step else (FORWARD, TRAINING)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "op": self.op,
+            "case": self.case,
+            "batch": self.sizes["b"],
+            "length": self.sizes["l"],
+            "d": self.width,
+            **{letter: self.sizes.get(letter, "") for letter in ("n", "w")},
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     def inputs(self, device: torch.device, **smaller: int) -> dict[str, Any]:
         """The arguments of the call, in sizes that may be smaller."""
         sizes = {**self.sizes, **smaller}

@@ -1,6 +1,7 @@
-"""Measure this machine: operators by name, or else the 130M language models on the CPU.
+"""Measure this machine: operators and layers by name, or else the 130M language models on the CPU.
 
 ophis bench selective_scan ssd    every backend that runs here, over the shapes of models
+ophis bench mamba mamba2          whole layers, beside mamba-ssm's
 ophis bench ssd --only "n 128"    some of the shapes
 ophis bench                       the language models, beside transformers'
 ophis bench --accelerated         transformers' models after ophis.accelerate_transformers(), beside before
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="OP",
         help="any of selective_scan, selective_scan_step, ssd, ssd_step, causal_conv, causal_conv_step, rms_norm, "
-        "gated_rms_norm",
+        "gated_rms_norm; of layers, mamba and mamba2",
     )
     parser.add_argument(
         "--out",
@@ -33,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where the tables go, and the operators' plots; the working directory if not given",
     )
-    operators = parser.add_argument_group("operators")
-    operators.add_argument("--backend", action="append", metavar="NAME", help="only this one; all if not given")
+    operators = parser.add_argument_group("operators and layers")
+    operators.add_argument(
+        "--backend", action="append", metavar="NAME", help="only this one of an operator's; all if not given"
+    )
     operators.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if not given and there is one")
     operators.add_argument(
         "--against", type=Path, metavar="FILE", help="a CSV of others' times to compare with, where shapes are the same"
@@ -83,20 +86,27 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
     import torch
 
-    from ophis.bench import ops
+    from ophis.bench import layers, ops, shapes, tables
     from ophis.bench.provenance import write_csv
-    from ophis.bench.shapes import SHAPES, shapes_of
     from ophis.cli.errors import UserError, user_errors
     from ophis.cli.info import default_device, version
 
     for name in arguments.operators:
-        if name not in SHAPES:
-            raise UserError(f"no operator {name!r} to measure; there are {', '.join(SHAPES)}")
-    known = {backend: None for name in arguments.operators for backend in ops.backends(name)}
+        if name not in (*shapes.SHAPES, *layers.LAYERS):
+            there = ", ".join((*shapes.SHAPES, *layers.LAYERS))
+            raise UserError(f"no operator or layer {name!r} to measure; there are {there}")
+    operators = [name for name in arguments.operators if name not in layers.LAYERS]
+    if arguments.backend and len(operators) < len(arguments.operators):
+        raise UserError("--backend is for operators: each of a layer's takes the fastest that it has")
+    known = {backend: None for name in operators for backend in ops.backends(name)}
     for name in arguments.backend or ():
         if name not in known:
-            raise UserError(f"no backend {name!r} of {', '.join(arguments.operators)}; there are {', '.join(known)}")
-    named = [str(shape) for name in arguments.operators for shape in shapes_of(name, arguments.quick)]
+            raise UserError(f"no backend {name!r} of {', '.join(operators)}; there are {', '.join(known)}")
+
+    def shapes_of(name: str) -> list[Any]:
+        return (layers if name in layers.LAYERS else shapes).shapes_of(name, arguments.quick)
+
+    named = [str(shape) for name in arguments.operators for shape in shapes_of(name)]
     if not any(arguments.only in shape for shape in named):
         raise UserError(
             f"--only is {arguments.only!r}, and no shape's name has that; there are\n  " + "\n  ".join(named)
@@ -105,22 +115,26 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device")
     with user_errors():
-        against = ops.read_against(arguments.against) if arguments.against else []
+        against = tables.read_against(arguments.against) if arguments.against else []
     wrong = False
     for name in dict.fromkeys(arguments.operators):
         print(f"{name} on {device}", flush=True)
         table = out / f"{name}_{device.type}.csv"
         rows: list[dict[str, Any]] = []
-        options: dict[str, Any] = dict(backends=arguments.backend or (), quick=arguments.quick, only=arguments.only)
-        for item in ops.run(name, device, **options, against=against):
-            if isinstance(item, ops.Note):
+        options: dict[str, Any] = dict(quick=arguments.quick, only=arguments.only)
+        if name in layers.LAYERS:
+            items = layers.run(name, device, **options)
+        else:
+            items = ops.run(name, device, **options, backends=arguments.backend or (), against=against)
+        for item in items:
+            if isinstance(item, tables.Note):
                 wrong = wrong or item.wrong
                 print(f"  {item.text}", flush=True)
                 continue
             rows.append(item)
             print(f"  {_line(item)}", flush=True)
             with user_errors():
-                write_csv(table, ops.with_others(rows, table) if arguments.only else rows)
+                write_csv(table, tables.with_others(rows, table) if arguments.only else rows)
         if not rows:
             print("  nothing was measured")
         elif version("matplotlib") is None:
