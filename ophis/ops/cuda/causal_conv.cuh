@@ -4,8 +4,8 @@
 // HAS_BIAS, HAS_INITIAL, PACKED.
 #pragma once
 #include "numbers.cuh"
+#include "packing.cuh"
 
-typedef long long i64;
 using X = Stored<X_KIND>::type;
 
 struct Params {

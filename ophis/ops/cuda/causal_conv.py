@@ -25,7 +25,7 @@ RUN, WARPS = 16, 2  # of `convolve`: positions of a thread; warps of a block
 AHEAD = {2: 4, 3: 3, 4: 4}
 BACK_WARPS, RESIDENT = 4, 16
 SHORTEST, LONGEST = 32, 256
-ADDING = 256  # threads of a block of `add_up`
+ADDING = 256  # threads of a block of `add_up`, two for each number
 
 
 def why_not(call) -> str | None:

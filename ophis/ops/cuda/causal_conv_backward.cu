@@ -13,21 +13,14 @@ static_assert(AHEAD % W == 0, "places of positions repeat");
 
 struct Place { int row, sequence, start, end, first; };
 
-// Chunks end where sequences end. Packed sequence i has those from offsets[i] / run + i on, which are at least as many as it
-// needs: one too many begins past its end.
 __device__ __forceinline__ Place place_of(const Params& p, int chunk) {
   const int run = (int)p.run;
   if (!PACKED) {
     const int row = chunk / (int)p.runs;
     return {row, row, 0, (int)p.length, (chunk - row * (int)p.runs) * run};
   }
-  int low = 0, high = (int)p.sequences;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (p.offsets[middle] / run + middle <= chunk) low = middle; else high = middle;
-  }
-  const int start = p.offsets[low];
-  return {0, low, start, p.offsets[low + 1], start + (chunk - start / run - low) * run};
+  const int sequence = sequence_of(p, chunk, run), start = p.offsets[sequence];
+  return {0, sequence, start, p.offsets[sequence + 1], start_of(chunk, sequence, start, run)};
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) convolve_back(const __grid_constant__ Params p) {

@@ -7,16 +7,6 @@
 // b batch  l length  d channels. Compiled with, as macros, besides those of causal_conv.cuh: RUN, WARPS.
 #include "causal_conv.cuh"
 
-// The sequence that a position lies in: the last one that starts at or before it.
-__device__ __forceinline__ int sequence_at(const Params& p, i64 position) {
-  int low = 0, high = (int)p.sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.offsets[middle] <= position) low = middle; else high = middle - 1;
-  }
-  return low;
-}
-
 __device__ __forceinline__ void leave_windows(const Params& p, i64 index) {
   const i64 fours = p.channels / 4;
   if (index >= p.sequences * fours) return;

@@ -60,7 +60,7 @@ class Parameters:
 
 
 def why_not_on(device: torch.device) -> str | None:
-    """The kernels take up to 137 KB of shared memory a block, which most GPUs lack, and were measured on an H200."""
+    """The kernels take up to 213 KB of shared memory a block, which most GPUs lack, and were measured on an H200."""
     capability = _capability(device)
     if capability == (9, 0):
         return None

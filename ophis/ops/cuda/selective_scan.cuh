@@ -5,8 +5,7 @@
 // four neighbours at a time).
 #pragma once
 #include "numbers.cuh"
-
-typedef long long i64;
+#include "packing.cuh"
 
 constexpr int KEEP_EVERY = 32;  // positions from one kept state to the next
 // States are kept for the backward pass in the signals' dtype where that has their exponents: rounded like the gradients
@@ -52,16 +51,6 @@ __device__ __forceinline__ i64 kept_at(i64 channels, i64 row, i64 channel, int n
 }
 
 __device__ __forceinline__ i64 least(i64 a, i64 b) { return a < b ? a : b; }
-
-// The sequence that a position lies in: the last one that starts at or before it.
-__device__ __forceinline__ int sequence_at(const Params& p, i64 position) {
-  int low = 0, high = (int)p.sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.offsets[middle] <= position) low = middle; else high = middle - 1;
-  }
-  return low;
-}
 
 __device__ __forceinline__ float step_of(float dt, float bias) {
   if (HAS_BIAS) dt += bias;

@@ -149,14 +149,14 @@ def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqle
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     given = addresses(x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
-    flow = dy.data_ptr()
-    plan = backward_plan(*description(given, flow, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus))
+    at_dy = dy.data_ptr()
+    plan = backward_plan(*description(given, at_dy, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus))
     gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
     d_initial = gradients[-1]
     if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
         d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
     _memory, parts = plan.scratch.allocate(A)
-    plan.run([*given, kept.data_ptr(), 0, 0, flow, *addresses(d_final, *gradients)], parts)
+    plan.run([*given, kept.data_ptr(), 0, 0, at_dy, *addresses(d_final, *gradients)], parts)
     return gradients
 
 
@@ -212,9 +212,9 @@ class Described(NamedTuple):
         }
 
 
-def description(given, flow, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus) -> tuple[Any, ...]:
-    """What makes a `Described`; `given` begins with the addresses of x, dt, B, C and z, and `flow` is that of dy."""
-    beyond = (given[0] | given[1] | given[2] | given[3] | given[4] | flow) % 16
+def description(given, at_dy, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus) -> tuple[Any, ...]:
+    """What makes a `Described`; `given` begins with the addresses of x, dt, B, C and z, and `at_dy` is that of dy."""
+    beyond = (given[0] | given[1] | given[2] | given[3] | given[4] | at_dy) % 16
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     options = (D is not None, dt_bias is not None, dt_softplus, sequences, x.device)
     return facts(x, dt, B, C, z, dy), x.shape, B.shape[2] if B.ndim == 4 else 1, B.shape[-1], beyond, *options

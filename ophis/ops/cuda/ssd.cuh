@@ -3,9 +3,8 @@
 // b batch  l length  h heads  p head width  g groups of heads  n state width. A chunk has 64 positions, t or s; a tile,
 // 64 of a head's p channels. Compiled with, as macros: N (n: 64, 128 or 256), PACKED, PARTS (p / 64).
 #pragma once
+#include "packing.cuh"
 #include "warpgroup.cuh"
-
-typedef long long i64;
 
 constexpr int CHUNK = 64, TILE = 64;
 constexpr int GROUP = 128;  // threads of a warpgroup
@@ -59,8 +58,7 @@ struct Params {
 
 template <class T> __device__ __forceinline__ T least(T a, T b) { return a < b ? a : b; }
 
-// Where a chunk lies in its row. Packed sequence i has the chunks from offsets[i] / 64 + i on: at least as many as it
-// needs, and a chunk too many begins past its end.
+// Where a chunk lies in its row.
 struct Place {
   int begin, end, start;  // of the sequence; of the chunk
 
@@ -69,16 +67,7 @@ struct Place {
   __device__ __forceinline__ bool is_last() const { return start < end && start + CHUNK >= end; }
 };
 
-__device__ __forceinline__ int sequence_of(const Params& p, int chunk) {
-  int low = 0, high = (int)p.sequences;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (p.offsets[middle] / CHUNK + middle <= chunk) low = middle; else high = middle;
-  }
-  return low;
-}
-
-// The same, from that of a neighbouring chunk.
+// The sequence of a chunk, from that of a neighbouring one.
 __device__ __forceinline__ int follow(const Params& p, int chunk, int sequence) {
   while (p.offsets[sequence] / CHUNK + sequence > chunk) --sequence;
   while (p.offsets[sequence + 1] / CHUNK + sequence + 1 <= chunk) ++sequence;
@@ -88,7 +77,7 @@ __device__ __forceinline__ int follow(const Params& p, int chunk, int sequence) 
 __device__ __forceinline__ Place place_of(const Params& p, int chunk, int sequence) {
   if (!PACKED) return {0, (int)p.length, chunk * CHUNK};
   const int begin = p.offsets[sequence];
-  return {begin, p.offsets[sequence + 1], begin + (chunk - begin / CHUNK - sequence) * CHUNK};
+  return {begin, p.offsets[sequence + 1], start_of(chunk, sequence, begin, CHUNK)};
 }
 
 // `count` rows into so many columns of a matrix, zeros into the rest, by THREADS threads of which this one is `thread`.

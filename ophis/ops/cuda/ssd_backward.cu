@@ -67,7 +67,7 @@ struct Block {  // its work
     split = blockIdx.x % (int)p.splits, of_groups = blockIdx.x / (int)p.splits % (int)p.groups;
     chunk = blockIdx.x / (int)p.splits / (int)p.groups, row = PACKED ? 0 : chunk / p.chunks;
     const int of_row = (int)(chunk - row * p.chunks);
-    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row) : 0);
+    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row, CHUNK) : 0);
     const int each = (heads + (int)p.splits - 1) / (int)p.splits;
     first = split * each * PARTS, count = least(each, heads - split * each) * PARTS;
   }

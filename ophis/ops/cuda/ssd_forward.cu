@@ -81,7 +81,7 @@ template <What WHAT> struct Copies {
         B((BACK<WHAT> ? p.C : p.B) + w.row * of_matrix.b + w.of_groups * of_matrix.h, of_matrix.l, threadIdx.x % THREADS),
         C(p.C + w.row * p.sC.b + w.of_groups * p.sC.h, p.sC.l, threadIdx.x % THREADS),
         x((BACK<WHAT> ? p.dy : p.x) + w.row * of_value.b, of_value.l, thread),
-        sequence(PACKED ? sequence_of(p, w.chunk(0)) : 0) {}
+        sequence(PACKED ? sequence_of(p, w.chunk(0), CHUNK) : 0) {}
 
   // The chunk number i of the way; nothing after the last one, but groups of copies are counted.
   __device__ __forceinline__ void start(int i) {
@@ -170,7 +170,7 @@ template <What WHAT> __device__ __forceinline__ void walk(const Params& p) {
   else if (!IS_ENDS<WHAT> && !PACKED) enter(edge, row);
   else enter(nullptr, 0);
 
-  int sequence = PACKED ? sequence_of(p, w.chunk(0)) : 0;
+  int sequence = PACKED ? sequence_of(p, w.chunk(0), CHUNK) : 0;
   float passing = 0.f;
   float skip[2];
   if (WHAT == OUTPUTS)

@@ -44,7 +44,7 @@ struct Warp {  // its chunk and head, and what its thread knows of two positions
     there = chunk < p.batch * p.chunks;
     row = PACKED || !there ? 0 : chunk / p.chunks;
     const int of_row = there ? (int)(chunk - row * p.chunks) : 0;
-    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row) : 0);
+    at = place_of(p, of_row, PACKED ? sequence_of(p, of_row, CHUNK) : 0);
     if (lane == 0) {
       m.counts[warp] = there ? at.count() : 0;
       m.places[warp] = row * p.sdt.b + at.start * p.sdt.l + head * p.sdt.h;

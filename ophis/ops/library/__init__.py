@@ -60,8 +60,13 @@ def function_of(
     return type("Function", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
+def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What a custom op gives are tensors: empty ones for inputs that are not there."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
 def of_those(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """What a custom op gives for an input that is not there is a tensor too, and autograd wants none."""
+    """And back: autograd wants none for an input that is not there."""
     return [None if t is None else g for t, g in zip(inputs, gradients, strict=True)]
 
 

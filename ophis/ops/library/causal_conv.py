@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ophis.ops.causal_conv import causal_conv, check_activation
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, of_those, recorded, traced
+from ophis.ops.library import as_tensors, differentiable_gradients, function_of, of_those, recorded, traced
 
 
 class Kernels(NamedTuple):
@@ -62,9 +62,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         return x.new_empty(x.shape), final_state
 
     def traced_backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
-        found = kernels.backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu)
-        inputs = (x, weight, bias, initial_state)
-        return tuple(x.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
+        return as_tensors(kernels.backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu), x)
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
     backward_op = torch.library.custom_op(
@@ -73,7 +71,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
 
     @backward_op.register_fake
     def _(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
-        return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state))
+        return as_tensors([None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)], x)
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.silu = inputs

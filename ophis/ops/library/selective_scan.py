@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, in_float32, of_those, recorded, traced
+from ophis.ops.library import as_tensors, differentiable_gradients, function_of, in_float32, of_those, recorded, traced
 from ophis.ops.selective_scan import selective_scan
 
 
@@ -100,8 +100,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
 
     def traced_backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        found = backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, kept)
-        return tuple(A.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
+        return as_tensors(backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, kept), A)
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
     backward_op = torch.library.custom_op(
@@ -111,7 +110,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     @backward_op.register_fake
     def _(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        return tuple(A.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+        return as_tensors([None if t is None else t.new_empty(t.shape) for t in inputs], A)
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.dt_softplus, _ = inputs

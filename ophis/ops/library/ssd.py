@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
-from ophis.ops.library import differentiable_gradients, function_of, in_float32, of_those, recorded, traced
+from ophis.ops.library import as_tensors, differentiable_gradients, function_of, in_float32, of_those, recorded, traced
 from ophis.ops.ssd import ssd
 
 
@@ -69,8 +69,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
 
     def traced_backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        found = kernels.backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, dt_limit)
-        return tuple(A.new_empty(0) if t is None else g for t, g in zip(inputs, found, strict=True))
+        return as_tensors(kernels.backward(dy, d_final, *inputs, cu_seqlens, dt_softplus, dt_limit), A)
 
     schema = f"(Tensor dy, Tensor? d_final, {INPUTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
     backward_op = torch.library.custom_op(
@@ -80,7 +79,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     @backward_op.register_fake
     def _(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        return tuple(A.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+        return as_tensors([None if t is None else t.new_empty(t.shape) for t in inputs], A)
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.dt_softplus, ctx.dt_limit = inputs
