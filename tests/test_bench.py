@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ophis.bench import language_models, layers, ops, peers, plots, shapes, tables, timing
+from ophis.bench import language_models, ops, peers, plots, shapes, tables, timing
 from ophis.bench.provenance import write_csv
 from ophis.cli import main
 from ophis.ops import OPS
@@ -184,7 +184,7 @@ def test_a_slow_backend_is_left_out_and_said_to_be(monkeypatch):
 
 
 def test_what_a_short_call_takes_whatever_its_length_is_not_multiplied(monkeypatch):
-    monkeypatch.setattr(ops, "SLOW", 0.003)
+    monkeypatch.setattr(timing, "SLOW", 0.003)
     monkeypatch.setattr(timing, "seconds", lambda call, device: 0.002)
     found = list(ops.run("selective_scan", CPU, quick=True, backends=["torch"], only="1 x 256"))
     assert {row["length"] for row in found if isinstance(row, dict)} == {256}
@@ -421,68 +421,3 @@ def test_peers_of_ssd_get_the_same_numbers(monkeypatch):
     assert {tuple(t.shape) for t in inputs.values()} == {(2, 2, 16, 64)}
     call(**inputs)
     assert given == list(inputs.values())
-
-
-def official(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A stand-in for mamba-ssm's: the same parameters, one output."""
-
-    class Official(cls):
-        def forward(self, x):
-            return super().forward(x)[0]
-
-    return Official
-
-
-@pytest.mark.parametrize("name", layers.LAYERS)
-def test_layers_beside_the_official_ones(name: str, monkeypatch):
-    ours, theirs = layers.LAYERS[name]
-    module, _, cls = theirs.partition(":")
-    stand_in = types.ModuleType(module)
-    setattr(stand_in, cls, official(ours))
-    monkeypatch.setitem(sys.modules, module, stand_in)
-    assert main(["bench", name, "--quick", "--device", "cpu"]) == 0
-    rows = table(f"{name}_cpu.csv")
-    assert [(row["backend"], row["direction"]) for row in rows] == [
-        (side, direction) for direction in plots.DIRECTIONS for side in ("ophis", "mamba-ssm")
-    ]
-    assert all(row["times_faster"] for row in rows if row["backend"] == "ophis")
-    assert png(f"{name}_cpu.png")
-
-
-def test_an_official_layer_that_fails_or_differs_is_named(monkeypatch):
-    class Other(official(layers.LAYERS["mamba"][0])):
-        def forward(self, x):
-            return 1.2 * super().forward(x)
-
-    class Failing(official(layers.LAYERS["mamba"][0])):
-        def forward(self, x):
-            raise RuntimeError("no kernel\nimage")
-
-    for cls, text in ((Other, "ophis and mamba-ssm differ by "), (Failing, "mamba-ssm fails: RuntimeError: no kernel")):
-        monkeypatch.setattr(layers, "imported", lambda _, cls=cls: (cls, ""))
-        note, *_, last = layers.run("mamba", CPU, quick=True)
-        assert isinstance(note, tables.Note)
-        assert note.text.startswith(f"2 x 64 x 32: {text}")
-        assert isinstance(last, dict)
-        assert last["backend"] == ("mamba-ssm" if cls is Other else "ophis")
-
-
-def test_what_a_layer_must_at_least_do():
-    mamba = layers.LAYERS["mamba"][0](32)  # 64 channels, rank 2, n 16, float32
-    x = torch.zeros(2, 64, 32)
-    linears, others = 32 * 128 + 64 * (2 + 32) + 2 * 64 + 64 * 32, 64 * (4 + 1 + 1 + 16 + 1)
-    done = layers.least(mamba, x, shapes.FORWARD)
-    assert done == (4 * (2 * 128 * 32 + linears + others), 128 * 64 * (16 + 3), 2 * 128 * linears)
-    twice = layers.least(mamba, x, shapes.TRAINING)
-    assert twice == (4 * (5 * 128 * 32 + 3 * (linears + others)), 2 * done.exponentials, 3 * done.flops)
-    mamba2 = layers.LAYERS["mamba2"][0](32)  # a head of 64, n 128
-    of_ssd = shapes.products("ssd", {"x": torch.zeros(2, 64, 1, 64), "B": torch.zeros(2, 64, 1, 128)}, shapes.FORWARD)
-    linears = 32 * (64 + (64 + 256) + 1) + 64 * 32
-    assert layers.least(mamba2, x, shapes.FORWARD).flops == 2 * 128 * linears + of_ssd
-
-
-def test_a_name_that_is_neither_and_a_backend_of_a_layer(capsys):
-    assert main(["bench", "mamba3"]) == 2
-    assert "no operator or layer 'mamba3' to measure; there are selective_scan, " in capsys.readouterr().err
-    assert main(["bench", "mamba", "--backend", "torch"]) == 2
-    assert "--backend is for operators" in capsys.readouterr().err

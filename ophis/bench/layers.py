@@ -5,7 +5,7 @@ b batch  l length  h heads  p head width  n state size  g groups of heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ophis import layers
 from ophis.bench import tables, timing
 from ophis.bench.peers import imported
-from ophis.bench.shapes import FORWARD, TRAINING, size
+from ophis.bench.shapes import FORWARD, TRAINING, products_of_ssd, size
 from ophis.bench.tables import Least, Note
 from ophis.testing import TOLERANCES, error
 
@@ -23,7 +23,8 @@ LAYERS: dict[str, tuple[type[nn.Module], str]] = {
     "mamba": (layers.Mamba, "mamba_ssm.modules.mamba_simple:Mamba"),
     "mamba2": (layers.Mamba2, "mamba_ssm.modules.mamba2:Mamba2"),
 }
-AGREE = 8  # times the floor in TOLERANCES: so far may two results in bfloat16 be from each other
+DTYPE = torch.bfloat16  # of the input and of weights, but for those that a layer keeps in float32
+FIRST = 2, 64  # batch and length of the call that the time of a larger one is estimated from
 
 
 class Shape(NamedTuple):
@@ -66,12 +67,12 @@ class Side:
     def training(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.output(self.leaves[0]), self.leaves, self.weight)
 
-    def call(self, direction: str) -> Callable[[], Any]:
+    def call(self, direction: str) -> timing.Call:
         return self.forward if direction == FORWARD else self.training
 
 
 def run(
-    name: str, device: torch.device, *, quick: bool = False, only: str = "", dtype: torch.dtype = torch.bfloat16
+    name: str, device: torch.device, *, quick: bool = False, only: str = "", against: Sequence[dict[str, str]] = ()
 ) -> Iterator[dict[str, Any] | Note]:
     """The rows of a layer's table as they are measured, and what else there is to tell.
 
@@ -80,7 +81,7 @@ def run(
         device: where.
         quick: tiny shapes, to see that it works.
         only: shapes with this in what they are called.
-        dtype: of the input and of weights, but for those that a layer keeps in float32.
+        against: rows of `read_against`, joined where sizes and dtype are the same.
     """
     limits = timing.limits(device, quick)
     of_ours, of_theirs = LAYERS[name]
@@ -88,37 +89,41 @@ def run(
     if theirs is None:
         yield Note(f"mamba-ssm {reason}: its rows are left out")
     for shape in shapes_of(name, quick):
-        if only in str(shape):
-            yield from _measure(shape, device, dtype, of_ours, theirs, limits, quick)
+        if only not in str(shape):
+            continue
+        try:
+            yield from _measure(shape, device, of_ours, theirs, limits, quick, against)
+        except torch.OutOfMemoryError:
+            yield Note(f"{shape}: more memory than {device} has")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _measure(
     shape: Shape,
     device: torch.device,
-    dtype: torch.dtype,
     of_ours: type[nn.Module],
     of_theirs: type[nn.Module] | None,
     limits: timing.Limits,
     quick: bool,
+    against: Sequence[dict[str, str]],
 ) -> Iterator[dict[str, Any] | Note]:
     torch.manual_seed(0)
-    ours: Any = of_ours(shape.width, device=device, dtype=dtype)
-    x = torch.randn(shape.batch, shape.length, shape.width, device=device, dtype=dtype)
+    ours: Any = of_ours(shape.width, device=device, dtype=DTYPE)
+    x = torch.randn(shape.batch, shape.length, shape.width, device=device, dtype=DTYPE)
+    first = min(FIRST[0], shape.batch), min(FIRST[1], shape.length)
+    estimate = timing.estimate(
+        lambda b, l: Side(ours, x[:b, :l]).call(TRAINING), shape.batch, shape.length, first, device
+    )
+    if estimate > timing.SLOW:
+        yield Note(f"{shape}: it would take {estimate:.0f} s a call, and is left out")
+        return
     sides = {"ophis": Side(ours, x)}
     if of_theirs is not None:
-        theirs = of_theirs(shape.width, device=device, dtype=dtype)
-        theirs.load_state_dict(ours.state_dict())
-        ours.load_state_dict(theirs.state_dict())  # which keeps fewer parameters in float32
-        sides["mamba-ssm"] = Side(theirs, x)
         try:
-            off = error(sides["mamba-ssm"].forward().float(), sides["ophis"].forward().float())
-        except Exception as failed:  # of any kind: it is somebody else's code
-            del sides["mamba-ssm"]
-            text = str(failed).strip().partition(chr(10))[0]
-            yield Note(f"{shape}: mamba-ssm fails: {type(failed).__name__}: {text}")
-        else:
-            if not off <= AGREE * TOLERANCES[dtype]:
-                yield Note(f"{shape}: ophis and mamba-ssm differ by {off:.1e}")
+            sides["mamba-ssm"] = Side(_same(of_theirs, ours, shape.width), x)
+        except Exception as failed:  # of any kind, here and below: it is somebody else's code
+            yield Note(f"{shape}: mamba-ssm fails: {tables.in_a_line(failed)}")
     columns = {
         "op": shape.layer,
         "case": "layer",
@@ -127,22 +132,43 @@ def _measure(
         "d": shape.width,
         "n": ours.d_state,
         "w": "",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(DTYPE).removeprefix("torch."),
     }
     for direction in (FORWARD, TRAINING):
-        calls = {name: side.call(direction) for name, side in sides.items()}
-        for call in calls.values():
-            call()
+        results = {"ophis": sides["ophis"].call(direction)()}
+        if "mamba-ssm" in sides:
+            try:
+                results["mamba-ssm"] = sides["mamba-ssm"].call(direction)()
+            except Exception as failed:
+                if isinstance(failed, torch.OutOfMemoryError):
+                    raise
+                del sides["mamba-ssm"]
+                yield Note(f"{shape}: mamba-ssm fails: {tables.in_a_line(failed)}")
+        if direction == FORWARD and "mamba-ssm" in sides:
+            off = error(results["mamba-ssm"].float(), results["ophis"].float())
+            if not off <= tables.AGREE * TOLERANCES[DTYPE]:
+                yield Note(f"{shape}: ophis and mamba-ssm differ by {off:.1e}")
+        del results
         yield from tables.timed(
             {**columns, "direction": direction},
-            calls,
+            {name: side.call(direction) for name, side in sides.items()},
             least(ours, x, direction),
             device,
             limits,
             ours=["ophis"],
             same=["mamba-ssm"],
+            against=against,
             quick=quick,
         )
+
+
+def _same(of_theirs: type[nn.Module], ours: nn.Module, width: int) -> nn.Module:
+    """Their layer with the weights of ours, both rounded to what it keeps: fewer of its parameters are in float32."""
+    weight = next(ours.parameters())
+    theirs = of_theirs(width, device=weight.device, dtype=DTYPE)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    return theirs
 
 
 def least(layer: Any, x: Tensor, direction: str) -> Least:
@@ -152,9 +178,9 @@ def least(layer: Any, x: Tensor, direction: str) -> Least:
     weights = sum(map(size, layer.parameters()))
     flops = sum(2 * tokens * part.weight.numel() for part in layer.modules() if isinstance(part, nn.Linear))
     if isinstance(layer, layers.Mamba2):
-        h, p, n, g = layer.heads, layer.headdim, layer.d_state, layer.ngroups
-        flops += tokens * (4 * n * p * h + 2 * 64 * (p * h + n * g))  # as `ophis.bench.shapes.products`
-        each = 34 * h + layer.conv_dim + layer.d_ssm  # decays and softplus; the convolution's activation; the gate's
+        flops += tokens * products_of_ssd(layer.heads, layer.headdim, layer.d_state, layer.ngroups)
+        # Decays and softplus, as `ophis.bench.shapes.exponentials`; the convolution's activation; the gate's.
+        each = 34 * layer.heads + layer.conv_dim + layer.d_ssm
     else:
         each = layer.d_inner * (layer.d_state + 3)
     if direction == FORWARD:

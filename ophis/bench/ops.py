@@ -19,10 +19,6 @@ from ophis.bench.tables import Note
 from ophis.ops import OPS
 from ophis.testing import STEPS, TOLERANCES, assert_close, check, error, is_differentiable, widened
 
-SLOW = 1.0  # seconds of a call above which a backend is not timed: PyTorch's scan of a hundred thousand positions
-SHORT = 0.01  # seconds, of which launching kernels may be a good part
-AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
-
 
 class Side:
     """One implementation and its inputs."""
@@ -108,27 +104,18 @@ def _fit_to_time(
         if checked[key]:
             yield Note(f"{shape}: {name} is wrong, and is not timed: {checked[key]}", wrong=True)
             continue
-        estimate = _seconds_of(shape, name, device)
-        if estimate > SLOW:
+
+        def call_of(b: int, l: int, name: str = name) -> timing.Call:
+            inputs = _own(shape.inputs(device, **{**sizes, "b": b, "l": l}))
+            return Side(shape.op, name, function(shape.op, name), inputs).call(shape.directions[-1])
+
+        first = sizes["b"], sizes["l"]
+        estimate = timing.estimate(call_of, shape.sizes["b"], shape.sizes["l"], first, device)
+        if estimate > timing.SLOW:
             yield Note(f"{shape}: {name} would take {estimate:.0f} s a call, and is left out")
             continue
         names.append(name)
     return names
-
-
-def _seconds_of(shape: Shape, name: str, device: torch.device) -> float:
-    """About how long a call takes, from shorter ones: the time grows at least with the length; on a CPU with the batch
-    as well. Of a short one on a GPU most is the CPU's, which does not grow, so it is not multiplied by thousands."""
-    sizes, length = shapes.smaller(shape, device), shape.sizes["l"]
-    while True:
-        inputs = _own(shape.inputs(device, **sizes))
-        call = Side(shape.op, name, function(shape.op, name), inputs).call(shape.directions[-1])
-        call()  # may compile
-        took = timing.seconds(call, device)
-        times = length / sizes["l"] * (shape.sizes["b"] / sizes["b"] if device.type == "cpu" else 1)
-        if took * times <= SLOW or took >= SHORT or sizes["l"] == length:
-            return took * times
-        sizes["l"] = min(16 * sizes["l"], length)
 
 
 def _measure(
@@ -204,7 +191,7 @@ def _wrong(op: str, backend: str, inputs: dict[str, Any]) -> str | None:
     except AssertionError as wrong:
         return str(wrong)
     except Exception as failed:  # a kernel that does not compile, perhaps; the other backends are still worth a time
-        return f"{type(failed).__name__}: {str(failed).strip().partition(chr(10))[0]}"
+        return tables.in_a_line(failed)
     return None
 
 
@@ -248,15 +235,14 @@ def _first_calls(shape: Shape, sides: dict[str, Side], direction: str, others: d
             if side.name in ours or isinstance(failed, torch.OutOfMemoryError):
                 raise
             del sides[side.name]
-            text = str(failed).strip().partition(chr(10))[0]
-            yield Note(f"{shape}: {side.name} fails: {type(failed).__name__}: {text}")
+            yield Note(f"{shape}: {side.name} fails: {tables.in_a_line(failed)}")
             continue
         if other := others.get(side.name):
             if direction != FORWARD or not other.same_work:
                 continue  # theirs lie elsewhere in memory, or are other numbers
             actual = (actual[0].transpose(1, 2) if other.length_last else actual[0],)
         off = {w: _error_in_parts(a, e) for w, a, e in zip(what, actual, expected, strict=False)}
-        if beyond := [f"{w} by {o:.1e}" for w, o in off.items() if not o <= AGREE * floor]:
+        if beyond := [f"{w} by {o:.1e}" for w, o in off.items() if not o <= tables.AGREE * floor]:
             text = f"{shape}: {side.name} and {trusted.name} differ, in {', '.join(beyond)}"
             if side.name in ours:
                 del sides[side.name]

@@ -120,14 +120,18 @@ def exponentials(op: str, inputs: dict[str, Any], direction: str) -> int:
 
 
 def products(op: str, inputs: dict[str, Any], direction: str) -> int:
-    """Floating-point operations of SSD's matrix products in chunks of 64 positions, which is near the fewest in all:
-    into the state and out of it, 4 n p a head and position; and in the quadratic form. Backward each product has two,
-    one for the gradient of each factor.
-    """
+    """Floating-point operations of matrix products. Backward each product has two, one for the gradient of each
+    factor."""
     if op != "ssd":
         return 0
     (b, l, h, p), (g, n) = inputs["x"].shape, inputs["B"].shape[2:]
-    return b * l * (4 * n * p * h + 2 * 64 * (p * h + n * g)) * (3 if direction == TRAINING else 1)
+    return b * l * products_of_ssd(h, p, n, g) * (3 if direction == TRAINING else 1)
+
+
+def products_of_ssd(h: int, p: int, n: int, g: int) -> int:
+    """Forward, of a position, in chunks of 64, which is near the fewest in all: into the state and out of it, 4 n p a
+    head; and in the quadratic form."""
+    return 4 * n * p * h + 2 * 64 * (p * h + n * g)
 
 
 def differentiated(op: str, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

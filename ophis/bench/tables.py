@@ -13,12 +13,19 @@ from ophis.bench import timing
 from ophis.bench.provenance import provenance
 from ophis.bench.shapes import FORWARD
 
+AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
+
 
 class Note(NamedTuple):
     """Something to tell that is not a row."""
 
     text: str
     wrong: bool = False  # a backend gave wrong results
+
+
+def in_a_line(failed: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(failed).__name__}: {str(failed).strip().partition(chr(10))[0]}"
 
 
 class Least(NamedTuple):

@@ -15,6 +15,8 @@ FEWEST = 3
 BUDGET = 2.0  # seconds that the repeats of one call may take; one of 0.1 s, a scan of a million, keeps 20 of them
 CACHE = 256 * 2**20  # bytes, more than any device's last cache holds
 GRAPH_BELOW = 1.0  # ms: where launching kernels may take longer than running them
+SLOW = 1.0  # seconds of a call above which it is not timed: PyTorch's scan of a hundred thousand positions
+SHORT = 0.01  # seconds, of which launching kernels may be a good part
 
 Call = Callable[[], Any]
 
@@ -106,6 +108,25 @@ def seconds(call: Call, device: torch.device) -> float:
     call()
     wait(device)
     return max(time.perf_counter() - start, 1e-9)
+
+
+def estimate(
+    call_of: Callable[[int, int], Call], batch: int, length: int, first: tuple[int, int], device: torch.device
+) -> float:
+    """About how many seconds `call_of(batch, length)` takes, from shorter ones, of which `first` is the first.
+
+    The time grows at least with the length; on a CPU with the batch as well. Of a short call on a GPU most is the
+    CPU's, which does not grow, so it is not multiplied by thousands.
+    """
+    b, l = first
+    while True:
+        call = call_of(b, l)
+        call()  # may compile
+        took = seconds(call, device)
+        times = length / l * (batch / b if device.type == "cpu" else 1)
+        if took * times <= SLOW or took >= SHORT or l == length:
+            return took * times
+        l = min(16 * l, length)
 
 
 def wait(device: torch.device) -> None:

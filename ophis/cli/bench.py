@@ -121,11 +121,11 @@ def _run_operators(arguments: argparse.Namespace, out: Path) -> int:
         print(f"{name} on {device}", flush=True)
         table = out / f"{name}_{device.type}.csv"
         rows: list[dict[str, Any]] = []
-        options: dict[str, Any] = dict(quick=arguments.quick, only=arguments.only)
+        options: dict[str, Any] = dict(quick=arguments.quick, only=arguments.only, against=against)
         if name in layers.LAYERS:
             items = layers.run(name, device, **options)
         else:
-            items = ops.run(name, device, **options, backends=arguments.backend or (), against=against)
+            items = ops.run(name, device, **options, backends=arguments.backend or ())
         for item in items:
             if isinstance(item, tables.Note):
                 wrong = wrong or item.wrong
