@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/interpreted_triton.py
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_ops_memory import every_second, reversed_axes, slice_of_something_wide
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ophis.ops import OPS
+from ophis.ops import OPS, split
 from ophis.ops.triton import INTERPRETED, ssd
 from ophis.ops.triton import causal_conv as convolution
 from ophis.ops.triton import selective_scan as scan
@@ -119,6 +120,20 @@ def test_packed_sequences(name: str, case: Case, bounds: tuple[int, ...]):
     if "initial_state" in inputs:
         inputs["initial_state"] = torch.randn_like(inputs["initial_state"][:1].repeat_interleave(len(bounds) - 1, 0))
     check(OPS[name], inputs, "triton")
+
+
+@pytest.mark.parametrize("case", CASES["gated_rms_norm"], ids=lambda case: case.name)
+def test_the_gradient_of_a_gate_within_a_row(case: Case, monkeypatch):
+    rows: Any = sys.modules["ophis.ops.split"]
+    monkeypatch.setattr(rows, "_pays", lambda row, sizes: True)
+    inputs = {k: v.detach().requires_grad_() if is_differentiable(v) else v for k, v in case.inputs(length=5).items()}
+    dy, z, norm = torch.randn_like(inputs["x"]), inputs["z"], OPS["gated_rms_norm"]
+    (expected,) = torch.autograd.grad(norm(**inputs, backend="triton"), z, dy)
+    row = torch.nn.functional.pad(z.detach(), (4, 8)).requires_grad_()
+    _, z, _ = split(row, 4, z.shape[-1], 8)
+    gradient, found = torch.autograd.grad(norm(**{**inputs, "z": z}, backend="triton"), (z, row), dy)
+    assert gradient.data_ptr() == found[..., 4:].data_ptr()
+    assert torch.equal(found, torch.nn.functional.pad(expected, (4, 8)))
 
 
 @pytest.mark.parametrize("w", (1, 16))

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "emulated_cuda"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-@pytest.mark.parametrize("of", ("numbers", "runtime", "selective_scan", "causal_conv", "ssd"))
+@pytest.mark.parametrize("of", ("numbers", "runtime", "selective_scan", "causal_conv", "ssd", "split"))
 def test_kernels_thread_by_thread(of: str):
     file = str(FOLDER / f"emulated_{of}.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", file]

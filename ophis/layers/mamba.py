@@ -106,7 +106,7 @@ class Mamba(SSMParameters):
         """(b, l, d_model), from `state` or from zeros -> (b, l, d_model), the state after it."""
         check_input(self, x, self.d_model)
         window, ssm = state if state is not None else (None, None)
-        x, z = self.in_proj(x).chunk(2, -1)
+        x, z = ops.split(self.in_proj(x), self.d_inner, self.d_inner)
         x, window = self.conv1d(x, window, cu_seqlens=cu_seqlens)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         if self.norm_bcdt:

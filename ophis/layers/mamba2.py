@@ -142,17 +142,18 @@ class Mamba2(SSMParameters):
         window, ssm = state if state is not None else (None, None)
         if state is None and self.init_states is not None:
             ssm = self.init_states.expand(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, -1, -1, -1)
-        gate, skip, z, xBC, dt = self.in_proj(x).split(
-            [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads], -1
+        gate, skip, z, xBC, dt = ops.split(
+            self.in_proj(x), self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads
         )
         xBC, window = self.conv1d(xBC, window, cu_seqlens=cu_seqlens)
-        x, B, C = xBC.split([self.d_ssm, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
+        shared = (self.ngroups, self.d_state)
+        x, B, C = ops.split(xBC, (self.heads, self.headdim), shared, shared)
         y, ssm = ops.ssd(
-            x.unflatten(-1, (self.heads, self.headdim)),
+            x,
             dt,
             -torch.exp(self.A_log),
-            B.unflatten(-1, (self.ngroups, self.d_state)),
-            C.unflatten(-1, (self.ngroups, self.d_state)),
+            B,
+            C,
             D=self.D.view(self.heads, self.headdim) if self.D_has_hdim else self.D,
             z=z.unflatten(-1, (self.heads, self.headdim)) if self.norm is None else None,
             dt_bias=self.dt_bias,

@@ -6,6 +6,7 @@ from ophis.ops.long_conv import long_conv
 from ophis.ops.norm import gated_rms_norm, rms_norm
 from ophis.ops.s4d import s4d, s4d_init, s4d_kernel
 from ophis.ops.selective_scan import selective_scan, selective_scan_step
+from ophis.ops.split import split
 from ophis.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "s4d_kernel",
     "selective_scan",
     "selective_scan_step",
+    "split",
     "ssd",
     "ssd_step",
     "use_backend",

@@ -18,7 +18,7 @@ struct Params {
   const float* d_final;
   void *dx, *d_weight, *d_bias, *d_initial;
   float* partial;  // (chunks, W + 1, d): of d_weight, and of d_bias
-  i64 x_b, x_l, initial_b, initial_l, initial_d, dy_b, dy_l, final_b, final_l, final_d;
+  i64 x_b, x_l, initial_b, initial_l, initial_d, dy_b, dy_l, final_b, final_l, final_d, dx_b, dx_l;
   i64 batch, length, channels, sequences, runs, run, chunks;
 };
 

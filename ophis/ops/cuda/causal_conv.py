@@ -53,7 +53,7 @@ def why_not_these(call) -> str | None:
 @runtime.on_its_device
 def forward(x, weight, bias, initial_state, cu_seqlens, silu):
     x, weight, bias = in_fours(x), of_parameter(weight), None if bias is None else of_parameter(bias)
-    plan = forward_plan(*description(x, weight, bias, initial_state, None, None, cu_seqlens, silu))
+    plan = forward_plan(*description(x, weight, bias, initial_state, None, None, None, cu_seqlens, silu))
     y = empty_like(x)
     rows = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
     final_state = x.new_empty((rows, weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
@@ -62,12 +62,12 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu):
 
 
 @runtime.on_its_device
-def backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
+def backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu, d_x=None):
     dy, x, weight = in_fours(dy), in_fours(x), of_parameter(weight)
     bias = None if bias is None else of_parameter(bias)
-    plan = backward_plan(*description(x, weight, bias, initial_state, dy, d_final, cu_seqlens, silu))
     inputs = (x, weight, bias, initial_state)
-    gradients = [None if t is None else empty_like(t) for t in inputs]
+    gradients = [empty_like(x) if d_x is None else d_x, *(None if t is None else empty_like(t) for t in inputs[1:])]
+    plan = backward_plan(*description(*inputs, dy, d_final, gradients[0], cu_seqlens, silu))
     _memory, parts = plan.scratch.allocate(x)
     plan.run(addresses(*inputs, cu_seqlens, None, None, dy, d_final, *gradients), parts)
     return gradients
@@ -98,6 +98,7 @@ class Described(NamedTuple):
     initial_state: Signal | None
     dy: Signal | None
     d_final: Signal | None
+    dx: Signal | None
     shape: tuple[int, int, int]  # b, l, d
     w: int
     silu: bool
@@ -119,10 +120,11 @@ class Described(NamedTuple):
         )
 
 
-def description(x, weight, bias, initial_state, dy, d_final, cu_seqlens, silu) -> tuple[Any, ...]:
+def description(x, weight, bias, initial_state, dy, d_final, dx, cu_seqlens, silu) -> tuple[Any, ...]:
     """What makes a `Described`."""
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    return facts(x, weight, bias, initial_state, dy, d_final), x.shape, weight.shape[1], silu, sequences, x.device
+    of_tensors = facts(x, weight, bias, initial_state, dy, d_final, dx)
+    return of_tensors, x.shape, weight.shape[1], silu, sequences, x.device
 
 
 # What `Params` of causal_conv.cuh begins with: tensors, of which the forward pass needs the first.
@@ -155,16 +157,15 @@ def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
     return Plan(parameters_of(call, TENSORS, runs, run, chunks), launches, Scratch(chunks * (call.w + 1) * d))
 
 
-def parameters_of(call: Described, tensors: int, runs: int, run: int, chunks: int) -> runtime.Parameters:
+def parameters_of(call: Described, count: int, runs: int, run: int, chunks: int) -> runtime.Parameters:
     """`Params` of causal_conv.cuh."""
-    strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.initial_state, call.dy, call.d_final)]
-    of_x, of_initial, of_dy, of_final = strides
+    tensors = (call.x, call.initial_state, call.dy, call.d_final, call.dx)
+    of_x, of_initial, of_dy, of_final, of_dx = ((0, 0, 0) if t is None else t.strides for t in tensors)
     b, l, d = call.shape
     sizes = (b, l, d, call.sequences or b, runs, run, chunks)
-    parts = int(tensors == TENSORS)
-    return runtime.Parameters(
-        [*of_x[:2], *of_initial, *of_dy[:2], *of_final, *sizes], tensors, TENSORS + 1 - tensors - parts, parts
-    )
+    numbers = [*of_x[:2], *of_initial, *of_dy[:2], *of_final, *of_dx[:2], *sizes]
+    parts = int(count == TENSORS)
+    return runtime.Parameters(numbers, count, TENSORS + 1 - count - parts, parts)
 
 
 def warps_across(d: int) -> int:

@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) convolve_back(c
     const i64 to = ((i64)at.sequence * (W - 1) + j) * p.channels + channel;
     put4<INITIAL_KIND>(p.d_initial, to, gradient, true, 4);
   }
-  X* dx = (X*)p.dx + ((i64)at.row * p.length + first) * p.channels + channel;
+  X* dx = (X*)p.dx + at.row * p.dx_b + first * p.dx_l + channel;
   for (int t = first; t < last; t += AHEAD) {
 #pragma unroll
     for (int u = 0; u < AHEAD; ++u) {
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) convolve_back(c
       for (int j = 0; j < 4; ++j) sums[W][j] += slopes[u % W][j];
       add_d_final(t + u - (end - (W - 1)), gradient);
       put4<X_KIND>(dx, 0, gradient, true, t + u < last ? 4 : 0);
-      dx += p.channels;
+      dx += p.dx_l;
     }
   }
   leave_sums();

@@ -38,7 +38,7 @@ struct Params {
   float *d_rates;   // (b, segments, d, N): of A
   float *d_skip;    // (b, segments, d): of D
   float *d_bias;    // (b, segments, d)
-  Strides sx, sdt, sz, sdy, sB, sC;
+  Strides sx, sdt, sz, sdy, sB, sC, sdz;
   i64 batch, length, channels, states, groups, sequences, segment, segments;
   i64 blocks;  // of channels, in a group
 };

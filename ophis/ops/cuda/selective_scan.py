@@ -145,14 +145,17 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
 
 
 @runtime.on_its_device
-def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
+def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept, d_z=None):
     dy = dy if dy.stride(1) <= FURTHEST else dy.contiguous()
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)
     given = addresses(x, dt, B, C, z, A, D, dt_bias, initial_state, cu_seqlens)
     at_dy = dy.data_ptr()
-    plan = backward_plan(*description(given, at_dy, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus))
-    gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
-    d_initial = gradients[-1]
+    d_z = empty_like(z) if d_z is None and z is not None else d_z
+    of_z = None if d_z is None else d_z.stride()
+    plan = backward_plan(of_z, *description(given, at_dy, x, dt, B, C, z, dy, D, dt_bias, cu_seqlens, dt_softplus))
+    gradients = [None if t is None else empty_like(t) for t in (x, dt, A, B, C, D)]
+    d_bias, d_initial = (None if t is None else empty_like(t) for t in (dt_bias, initial_state))
+    gradients += [d_z, d_bias, d_initial]
     if d_initial is not None and cu_seqlens is not None:  # an empty sequence hands on what it is given
         d_initial.copy_(d_final) if d_final is not None else d_initial.zero_()
     _memory, parts = plan.scratch.allocate(A)
@@ -243,7 +246,8 @@ def forward_plan(keep: bool, of_tensors: tuple[Any, ...], *more: Any) -> tuple[P
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
+def backward_plan(of_z: tuple[int, ...] | None, of_tensors: tuple[Any, ...], *more: Any) -> Plan:
+    """`of_z`: the strides of its gradient."""
     call = Described(*signals(of_tensors), *more)
     b, l, d = call.shape
     macros, device = call.macros, call.device
@@ -260,16 +264,23 @@ def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
     scratch.update(d_bc=blocks * b * l * 2 * N, d_rates=rows * d * N, d_skip=rows * d, d_bias=rows * d)
     results = b * l * 2 * N * call.groups + d * (N + 2)
     launches = [*launches, (kernel, blocks * rows), (gather, -(-results // gather.threads))]
-    return planned(call, TENSORS, launches, scratch, segments, blocks // call.groups)
+    return planned(call, TENSORS, launches, scratch, segments, blocks // call.groups, of_z)
 
 
 def planned(
-    call: Described, tensors: int, launches: list[Launch], scratch: dict[str, int], segments: int, blocks: int = 0
+    call: Described,
+    tensors: int,
+    launches: list[Launch],
+    scratch: dict[str, int],
+    segments: int,
+    blocks: int = 0,
+    of_z: tuple[int, ...] | None = None,
 ) -> Plan:
     """With `Params` of selective_scan.cuh."""
     b, l, d = call.shape
     strides = [(0, 0, 0) if t is None else t.strides for t in (call.x, call.dt, call.z, call.dy)]
     strides += [t.strides[:3] if len(t.strides) == 4 else (*t.strides[:2], 0) for t in (call.B, call.C)]
+    strides += [of_z or (0, 0, 0)]
     sizes = [b, l, d, call.n, call.groups, call.sequences, segment_of(l, segments), segments, blocks]
     parts = len(PARTS) if scratch else 0
     parameters = Parameters(

@@ -194,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
   const BC* bc_next = of_C ? (const BC*)p.C + (b * p.sC.b + group * p.sC.d) : (const BC*)p.B + (b * p.sB.b + group * p.sB.d);
   bc_next += (i64)(last + tid / 8) * bc_step + bc_state;
   float* d_bc = p.d_bc + ((block * p.batch + b) * p.length + last + tid / 8) * 2 * N + tid / 4 % 2 * N + bc_state;
-  i64 to = (b * p.length + t0) * p.channels + c;
+  i64 to = (b * p.length + t0) * p.channels + c, to_z = b * p.sdz.b + t0 * p.sdz.l + c;
   auto step_back = [&] {
     x_next -= CHUNK * x_step, dy_next -= CHUNK * dy_step, dt_next -= CHUNK * dt_step;
     if (HAS_Z) z_next -= CHUNK * z_step;
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     const i64 at_item = to + i * DOWN * p.channels;
     put4<X_KIND>(p.dx, at_item, dx, whole, there ? within : 0);
     put4<DT_KIND>(p.ddt, at_item, ddt, whole, there ? within : 0);
-    if (HAS_Z) put4<Z_KIND>(p.dz, at_item, dz, whole, there ? within : 0);
+    if (HAS_Z) put4<Z_KIND>(p.dz, to_z + i * DOWN * p.sdz.l, dz, whole, there ? within : 0);
   };
 
 #pragma unroll
@@ -508,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
         store(p.d_rates, d_rates, row, N, tile);
       }
     }
-    to -= CHUNK * p.channels;
+    to -= CHUNK * p.channels, to_z -= CHUNK * p.sdz.l;
     d_bc -= CHUNK * 2 * N;
   }
 

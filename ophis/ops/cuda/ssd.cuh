@@ -47,7 +47,7 @@ struct Params {
   float *sums;               // (slices, chunks, h tiles, 4, 64)
   float *of_chunks;          // (slices, chunks, h tiles, 2)
   float *partial_A;          // (chunks, 2, h): of A and the bias
-  Strides sx, sB, sC, sdy, sdt;
+  Strides sx, sB, sC, sdy, sdt, sdx, sdB, sdC;
   i64 D_h, D_p;
   i64 batch, length, heads, width, groups, sequences, chunks, segment, segments, splits;  // chunks: of a row
   i64 taken;                 // segments that a block of `outputs` takes

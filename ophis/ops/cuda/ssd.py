@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,22 +75,26 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
 
 
 @runtime.on_its_device
-def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+def backward(
+    dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit,
+    d_x=None, d_B=None, d_C=None,
+):  # fmt: skip
     dy = dy if _in_eights(dy) else dy.contiguous()
     x, B, C, dy = map(aligned, (x, B, C, dy))
     A, dt_bias = dense(A, dt_bias)
-    plans = backward_plan(*description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
-    dx, d_dt, dA, d_bias, dD = (None if t is None else empty_like(t) for t in (x, dt, A, dt_bias, D))
+    dx, dB, dC = (empty_like(t) if room is None else room for t, room in ((x, d_x), (B, d_B), (C, d_C)))
+    d_dt, dA, d_bias, dD = (None if t is None else empty_like(t) for t in (dt, A, dt_bias, D))
+    of_gradients = facts(dx, dB, dC)
+    plans = backward_plan(of_gradients, *description(x, dt, B, C, dy, D, dt_bias, cu_seqlens, dt_softplus, dt_limit))
     _memory, parts = plans[0].scratch.allocate(A)
     found = []
-    for plan, (b, c, initial, d_end) in zip(plans, slices(B, C, initial_state, d_final), strict=True):
+    for plan, (b, c, db, dc, initial, d_end) in zip(plans, slices(B, C, dB, dC, initial_state, d_final), strict=True):
         initial, d_end = map(aligned, dense(initial, d_end))
-        dB, dC = empty_like(b), empty_like(c)
         d_initial = None if initial is None else edges(A, x, b, cu_seqlens, d_end)
         given = addresses(x, b, c, dt, A, dt_bias, D, initial, cu_seqlens)
-        plan.run([*given, 0, 0, *addresses(dy, d_end, dx, d_dt, dA, d_bias, dD, dB, dC, d_initial)], parts)
-        found.append((dB, dC, d_initial))
-    dB, dC, d_initial = found[0] if len(found) == 1 else (joined(t) for t in zip(*found, strict=True))
+        plan.run([*given, 0, 0, *addresses(dy, d_end, dx, d_dt, dA, d_bias, dD, db, dc, d_initial)], parts)
+        found.append(d_initial)
+    d_initial = found[0] if len(found) == 1 or found[0] is None else torch.cat(found, -1)
     return dx, d_dt, dA, dB, dC, dD, None, d_bias, d_initial
 
 
@@ -108,10 +113,6 @@ def slices(B: Tensor, *more: Tensor | None) -> list[tuple[Any, ...]]:
     if n <= SLICE:
         return [tensors]
     return [tuple(None if t is None else t[..., i : i + SLICE] for t in tensors) for i in range(0, n, SLICE)]
-
-
-def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts, -1)  # pyright: ignore[reportArgumentType] (all or none)
 
 
 # What calls have in common
@@ -231,10 +232,17 @@ class Described(NamedTuple):
         return Scratch(*(sizes.get(name, 0) for name in PARTS))
 
     def parameters(
-        self, tensors: int, segments: Segments, splits: int = 1, of_slice: int = 0, slices: int = 1
+        self,
+        tensors: int,
+        segments: Segments,
+        gradients: Sequence[Signal | None] = (None,) * 3,
+        splits: int = 1,
+        of_slice: int = 0,
+        slices: int = 1,
     ) -> Parameters:
         """`Params` of ssd.cuh."""
-        strides = [(0, 0, 0) if t is None else t.strides[:3] for t in (self.x, self.B, self.C, self.dy, self.dt)]
+        signals = (self.x, self.B, self.C, self.dy, self.dt, *gradients)
+        strides = [(0, 0, 0) if t is None else t.strides[:3] for t in signals]
         skip = (0, 0) if self.skip is None else (*self.skip, 0)[:2]
         sizes = (*self.shape, self.groups, self.sequences or self.shape[0], self.chunks)
         (limit,) = struct.unpack("q", struct.pack("2f", *self.limit))
@@ -261,8 +269,8 @@ def forward_plan(of_tensors: tuple[Any, ...], *more: Any) -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> tuple[Plan, ...]:
-    """One for each slice of states, on the same memory."""
+def backward_plan(of_gradients: tuple[Any, ...], of_tensors: tuple[Any, ...], *more: Any) -> tuple[Plan, ...]:
+    """One for each slice of states, on the same memory. `of_gradients`: of x, B and C."""
     call = Described(*signals(of_tensors), *more)
     rows, length, heads, width = call.shape
     groups, n = call.groups, call.n
@@ -298,7 +306,8 @@ def backward_plan(of_tensors: tuple[Any, ...], *more: Any) -> tuple[Plan, ...]:
             launches += [(kernel, -(-entries // kernel.threads))]  # a thread has two of dB or of dC
         if i == count - 1:
             launches += [call.steps("d_steps", each), (add_chunks, -(-3 * heads * 32 // add_chunks.threads))]
-        plans.append(Plan(call.parameters(TENSORS, segments, splits, i, count), tuple(launches), scratch))
+        parameters = call.parameters(TENSORS, segments, signals(of_gradients), splits, i, count)
+        plans.append(Plan(parameters, tuple(launches), scratch))
     return tuple(plans)
 
 

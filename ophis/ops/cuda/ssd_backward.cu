@@ -122,15 +122,20 @@ __device__ __forceinline__ void each_tile(
   }
 }
 
-__device__ __forceinline__ void keep_sums(const Params& p, const Block& b, const float (&sums)[N / 2], float* partial, bfloat16* narrow) {
+__device__ __forceinline__ void keep_sums(
+    const Params& p, const Block& b, const float (&sums)[N / 2], float* partial, bfloat16* narrow, const Strides& strides) {
 #pragma unroll
   for (int i = 0; i < N / 2; i += 2) {
     const int t = b.r + i / 2 % 2 * 8;
     if (t >= b.at.count()) continue;
-    const i64 to = ((b.row * p.length + b.at.start + t) * p.groups + b.of_groups) * N + i / 4 * 8 + b.c;
-    const i64 size = p.batch * p.length * p.groups * N;
-    if (partial) *reinterpret_cast<float2*>(partial + b.split * size + to) = make_float2(sums[i], sums[i + 1]);
-    else *reinterpret_cast<unsigned*>(narrow + to) = to_bfloats(sums[i], sums[i + 1]);
+    const int state = i / 4 * 8 + b.c;
+    if (partial) {
+      const i64 row = (b.split * p.batch + b.row) * p.length + b.at.start + t;
+      *reinterpret_cast<float2*>(partial + (row * p.groups + b.of_groups) * N + state) = make_float2(sums[i], sums[i + 1]);
+    } else {
+      const i64 to = b.row * strides.b + (b.at.start + t) * strides.l + b.of_groups * strides.h + state;
+      *reinterpret_cast<unsigned*>(narrow + to) = to_bfloats(sums[i], sums[i + 1]);
+    }
   }
 }
 
@@ -142,14 +147,14 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
   for (int i = 0; i < N / 2; ++i) d_B[i] = 0.f;
 #pragma unroll
   for (int i = 0; i < CHUNK / 2; ++i) between[i] = 0.f;
-  bfloat16* const rows_dx = p.dx + (b.row * p.length + b.at.start) * p.heads * p.width;
-  const Rows<GROUP, TILE> earlier(rows_dx, p.heads * p.width, thread);
+  bfloat16* const rows_dx = p.dx + b.row * p.sdx.b + b.at.start * p.sdx.l;
+  const Rows<GROUP, TILE> earlier(rows_dx, p.sdx.l, thread);
   each_tile<LATER>(p, b, copies, m, [&](int tile, Stage& now) {
     const Decays& decays = now.decays;
     const int head = b.head(tile);
     if (LATER) {
       await_barrier(DELIVERED, 2 * GROUP);
-      earlier.copy(m.leaving.v, head * p.width + b.channel(tile), b.at.count());
+      earlier.copy(m.leaving.v, head * p.sdx.h + b.channel(tile), b.at.count());
       commit_copies();
     }
     const i64 index = b.in_slices(p, b.index(p, tile));
@@ -310,20 +315,20 @@ __device__ __forceinline__ void of_inputs(const Params& p, const Block& b, const
   commit_products();
   await_products<0>();
   hold(d_B);
-  keep_sums(p, b, d_B, p.partial_B, p.dB);
+  keep_sums(p, b, d_B, p.partial_B, p.dB, p.sdB);
 }
 
 template <bool LATER>
 __device__ __forceinline__ void of_outputs(const Params& p, const Block& b, const Copies<LATER>& copies, Shared& m) {
   const int thread = b.thread, lane = b.lane, warp = b.warp, r = b.r;
-  bfloat16* const rows_dx = p.dx + (b.row * p.length + b.at.start) * p.heads * p.width;
+  bfloat16* const rows_dx = p.dx + b.row * p.sdx.b + b.at.start * p.sdx.l;
   auto deliver = [&](int tile) {  // what the first warpgroup has left of it
     if (tile >= b.first) {
-      bfloat16* to = rows_dx + b.head(tile) * p.width + b.channel(tile);
+      bfloat16* to = rows_dx + b.head(tile) * p.sdx.h + b.channel(tile);
 #pragma unroll
       for (int s = thread / 8; s < CHUNK; s += GROUP / 8)
         if (s < b.at.count())
-          *reinterpret_cast<uint4*>(to + s * p.heads * p.width + thread % 8 * 8) =
+          *reinterpret_cast<uint4*>(to + s * p.sdx.l + thread % 8 * 8) =
               *reinterpret_cast<const uint4*>(m.leaving.at(s, thread % 8 * 8));
       if (thread < CHUNK) {  // what ends at t, less what begins there
         const float of_warps[4] = {m.columns[0][thread], m.columns[1][thread], m.columns[2][thread], m.columns[3][thread]};
@@ -407,7 +412,7 @@ __device__ __forceinline__ void of_outputs(const Params& p, const Block& b, cons
   commit_products();
   await_products<0>();
   hold(d_C);
-  keep_sums(p, b, d_C, p.partial_C, p.dC);
+  keep_sums(p, b, d_C, p.partial_C, p.dC, p.sdC);
 }
 
 template <bool LATER> __device__ __forceinline__ void run(const Params& p) {

@@ -164,5 +164,8 @@ extern "C" __global__ void add_splits(const __grid_constant__ Params p) {
     const float2 v = *reinterpret_cast<const float2*>(from + split * size);
     sum.x += v.x, sum.y += v.y;
   }
-  *reinterpret_cast<unsigned*>((of_C ? p.dC : p.dB) + i) = to_bfloats(sum.x, sum.y);
+  const i64 group = i / N % p.groups, position = i / (N * p.groups);
+  const Strides& s = of_C ? p.sdC : p.sdB;
+  const i64 to = position / p.length * s.b + position % p.length * s.l + group * s.h + i % N;
+  *reinterpret_cast<unsigned*>((of_C ? p.dC : p.dB) + to) = to_bfloats(sum.x, sum.y);
 }

@@ -14,14 +14,16 @@ from torch import Tensor
 from ophis.ops.causal_conv import causal_conv, check_activation
 from ophis.ops.in_place import check_in_place
 from ophis.ops.library import as_tensors, differentiable_gradients, function_of, of_those, recorded, traced
+from ophis.ops.split import places_of, taken
 
 
 class Kernels(NamedTuple):
     """What a folder provides; tensors of any strides, but cu_seqlens dense, and mixed dtypes.
 
     forward(x, weight, bias, initial_state, cu_seqlens, silu) -> y, final_state in float32.
-    backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu)
-        -> gradients of x, weight, bias, initial_state, in their dtypes; None for what is None.
+    backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu, d_x=None)
+        -> gradients of x, weight, bias, initial_state, in their dtypes; None for what is None. That of x may be written
+        to `d_x`, a slice of something wider.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -76,6 +78,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     def setup_context(ctx, inputs, output):
         *tensors, ctx.silu = inputs
         ctx.save_for_backward(*tensors)
+        ctx.places = places_of(tensors[0])
         ctx.set_materialize_grads(False)  # no zeros for a final state that nobody differentiates
 
     def backward_of(ctx, dy, d_final):
@@ -93,7 +96,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         elif traced(dy):
             found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.silu))
         else:
-            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.silu)
+            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.silu, *taken(ctx.places))
         return (*found, None, None)
 
     conv_op.register_autograd(backward_of, setup_context=setup_context)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ophis.ops.library import apart, differentiable_gradients, function_of, recorded, traced
 from ophis.ops.norm import check_groups, gated_rms_norm, rms_norm
+from ophis.ops.split import places_of, taken
 
 
 class Kernels(NamedTuple):
@@ -19,7 +20,8 @@ class Kernels(NamedTuple):
     rms_backward(dy, ds, s, weight, x_dtype, eps) -> gradients of residual, x and weight. That of x is empty where its
         dtype is the residual's, for then it is the same. Without a residual, s is x.
     gated(x, z, weight, eps, groups, norm_before_gate) -> y.
-    gated_backward(dy, x, z, weight, eps, groups, norm_before_gate) -> gradients of x, z, weight, in their dtypes.
+    gated_backward(dy, x, z, weight, eps, groups, norm_before_gate, d_z=None) -> gradients of x, z, weight, in their
+        dtypes. That of z may be written to `d_z`, a slice of something wider.
     """
 
     rms: Callable[..., tuple[Tensor, Tensor]]
@@ -134,6 +136,7 @@ def gated_op(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     def setup_context(ctx, inputs, output):
         *tensors, ctx.eps, ctx.groups, ctx.norm_before_gate = inputs
         ctx.save_for_backward(*tensors)
+        ctx.places = places_of(tensors[1])
 
     def backward_of(ctx, dy):
         inputs = ctx.saved_tensors
@@ -144,9 +147,10 @@ def gated_op(name: str, kernels: Kernels) -> Callable[..., Tensor]:
                 return (gated_rms_norm.run_reference(x=x, z=z, weight=weight, **options),)
 
             grads = differentiable_gradients(reference, inputs, (dy,))
+        elif traced(dy):
+            grads = backward_op(dy, *inputs, *options.values())
         else:
-            run: Callable[..., Any] = backward_op if traced(dy) else backward
-            grads = run(dy, *inputs, *options.values())
+            grads = kernels.gated_backward(dy, *inputs, *options.values(), *taken(ctx.places))
         return (*grads, None, None, None)
 
     norm_op.register_autograd(backward_of, setup_context=setup_context)

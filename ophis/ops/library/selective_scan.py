@@ -14,6 +14,7 @@ from torch import Tensor
 from ophis.ops.in_place import check_in_place
 from ophis.ops.library import as_tensors, differentiable_gradients, function_of, in_float32, of_those, recorded, traced
 from ophis.ops.selective_scan import selective_scan
+from ophis.ops.split import places_of, taken
 
 
 class Kernels(NamedTuple):
@@ -21,8 +22,9 @@ class Kernels(NamedTuple):
 
     forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep) -> y, final_state, kept.
         `kept` is one tensor with whatever the backward pass wants besides the inputs; empty or None unless `keep`.
-    backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept)
-        -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; None for what is None.
+    backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept, d_z=None)
+        -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes; None for what is None. That of z
+        may be written to `d_z`, a slice of something wider.
     kept_shape(x, A, cu_seqlens) -> the shape of `kept`, which is float32.
     in_groups: whether B and C always come as (b, l, g, n); otherwise as the caller gave them. A view costs 4 us.
     """
@@ -115,6 +117,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     def setup_context(ctx, inputs, output):
         *tensors, ctx.dt_softplus, _ = inputs
         ctx.save_for_backward(*tensors, output[2])
+        ctx.places = places_of(tensors[DIFFERENTIABLE.index("z")])
         ctx.set_materialize_grads(False)  # no zeros for a final state that nobody differentiates
 
     def backward_of(ctx, dy, d_final, _=None):
@@ -130,7 +133,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         elif traced(dy):
             found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept))
         else:
-            found = backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept)
+            found = backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, kept, *taken(ctx.places))
         return (*found, None, None, None)
 
     scan_op.register_autograd(backward_of, setup_context=setup_context)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ophis.ops.in_place import check_in_place
 from ophis.ops.library import as_tensors, differentiable_gradients, function_of, in_float32, of_those, recorded, traced
+from ophis.ops.split import places_of, taken
 from ophis.ops.ssd import ssd
 
 
@@ -21,8 +22,9 @@ class Kernels(NamedTuple):
     and forward without gaps.
 
     forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit) -> y, final_state.
-    backward(dy, d_final, and the same) -> gradients of x, dt, A, B, C, D, z, dt_bias, initial_state, in their dtypes;
-        None for what is None.
+    backward(dy, d_final, and the same, d_x=None, d_B=None, d_C=None) -> gradients of x, dt, A, B, C, D, z, dt_bias,
+        initial_state, in their dtypes; None for what is None. Those of x, B and C may be written to `d_x`, `d_B` and
+        `d_C`, slices of something wider.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -84,6 +86,7 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
     def setup_context(ctx, inputs, output):
         *tensors, ctx.dt_softplus, ctx.dt_limit = inputs
         ctx.save_for_backward(*tensors)
+        ctx.places = places_of(*(tensors[DIFFERENTIABLE.index(name)] for name in ("x", "B", "C")))
         ctx.set_materialize_grads(False)  # no zeros for a final state that nobody differentiates
 
     def backward_of(ctx, dy, d_final):
@@ -100,7 +103,8 @@ def custom_op(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor
         elif traced(dy):
             found = of_those(inputs, backward_op(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit))
         else:
-            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit)
+            more = taken(ctx.places)
+            found = kernels.backward(dy, d_final, *inputs, cu_seqlens, ctx.dt_softplus, ctx.dt_limit, *more)
         return (*found, None, None, None)
 
     ssd_op.register_autograd(backward_of, setup_context=setup_context)

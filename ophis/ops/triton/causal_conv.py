@@ -293,7 +293,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu):
     return y, final_state
 
 
-def backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu):
+def backward(dy, d_final, x, weight, bias, initial_state, cu_seqlens, silu, *_):
     b, l, d = x.shape
     w = weight.shape[1]
     sequences = b if cu_seqlens is None else len(cu_seqlens) - 1

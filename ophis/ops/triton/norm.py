@@ -76,7 +76,7 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     dy, ds, s, z, weight, d_s, dx, dz, partial,
     rows, width, groups, programs, eps,
-    dy_sr, dy_sd, ds_sr, ds_sd, s_sr, s_sd, z_sr, z_sd, weight_sd,
+    dy_sr, dy_sd, ds_sr, ds_sd, s_sr, s_sd, z_sr, z_sd, weight_sd, dz_sr,
     GATE_LAST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -117,7 +117,8 @@ def norm_backward_kernel(
             else:
                 d_gate *= change * value
                 change *= gate
-            tl.store(dz + out, d_gate, mask=mask)
+            at = row[:, None] * tl.cast(dz_sr, tl.int64) + channel[None, :]
+            tl.store(dz + at, d_gate, mask=mask)
         if ds is not None:
             change += read(ds, row, ds_sr, channel, ds_sd, mask)
         tl.store(d_s + out, change, mask=mask)
@@ -159,10 +160,11 @@ def forward(x, residual, z, weight, eps, groups, gate_last):
     return y, s
 
 
-def backward(dy, ds, s, z, weight, x_dtype, eps, groups, gate_last):
+def backward(dy, ds, s, z, weight, x_dtype, eps, groups, gate_last, d_z=None):
     d_s = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dx = None if x_dtype == s.dtype else torch.empty(s.shape, dtype=x_dtype, device=s.device)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=s.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=s.device) if d_z is None and z is not None else d_z
+    dz_row = 0 if dz is None else rows_of(dz).stride(0)
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=s.device)
     dy, ds, s, z = (None if t is None else rows_of(t) for t in (dy, ds, s, z))
     rows, d = s.shape
@@ -175,7 +177,7 @@ def backward(dy, ds, s, z, weight, x_dtype, eps, groups, gate_last):
         norm_backward_kernel[(programs * groups,)](
             dy, ds, s, z, weight, d_s, dx, dz, partial,
             rows, d // groups, groups, programs, eps,
-            *dy.stride(), *strides(ds), *s.stride(), *strides(z), *weight.stride(),
+            *dy.stride(), *strides(ds), *s.stride(), *strides(z), *weight.stride(), dz_row,
             GATE_LAST=gate_last, **sizes, STAGES=STAGES,
         )  # fmt: skip
         add_up(partial, d_weight)
@@ -196,8 +198,8 @@ def gated(x, z, weight, eps, groups, norm_before_gate):
     return forward(x, None, z, weight, eps, groups, norm_before_gate)[0]
 
 
-def gated_backward(dy, x, z, weight, eps, groups, norm_before_gate):
-    dx, _, dz, d_weight = backward(dy, None, x, z, weight, x.dtype, eps, groups, norm_before_gate)
+def gated_backward(dy, x, z, weight, eps, groups, norm_before_gate, d_z=None):
+    dx, _, dz, d_weight = backward(dy, None, x, z, weight, x.dtype, eps, groups, norm_before_gate, d_z)
     return dx, dz, d_weight
 
 

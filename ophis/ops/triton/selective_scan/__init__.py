@@ -151,7 +151,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     return y, final, kept
 
 
-def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept):
+def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, kept, *_):
     b, l, d = x.shape
     g, n = B.shape[2:]
     A, D, dt_bias, initial_state, d_final = dense(A, D, dt_bias, initial_state, d_final)

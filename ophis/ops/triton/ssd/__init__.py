@@ -211,7 +211,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplu
     return y, final
 
 
-def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit):
+def backward(dy, d_final, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, *_):
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     A, dt_bias, initial_state, d_final = dense(A, dt_bias, initial_state, d_final)

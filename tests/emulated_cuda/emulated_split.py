@@ -1,0 +1,111 @@
+"""Gradients that the CUDA kernels write into a row's, instead of into memory of their own (see emulation.py)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import emulation
+import pytest
+import torch
+from torch import Tensor
+
+from ophis import ops
+from ophis.ops import library
+from ophis.ops.cuda import causal_conv, selective_scan, ssd
+from ophis.ops.library import causal_conv as conv_library
+from ophis.ops.library import selective_scan as scan_library
+from ophis.ops.library import ssd as ssd_library
+from ophis.testing import CASES
+
+module: Any = sys.modules["ophis.ops.split"]
+
+for op, kernels, of_library in (
+    (ops.causal_conv, causal_conv, conv_library.Kernels(causal_conv.forward, causal_conv.backward)),
+    (
+        ops.selective_scan,
+        selective_scan,
+        scan_library.Kernels(
+            selective_scan.forward, selective_scan.backward, selective_scan.kept_shape, in_groups=False
+        ),
+    ),
+    (ops.ssd, ssd, ssd_library.Kernels(ssd.forward, ssd.backward)),
+):
+    folder = {"causal_conv": conv_library, "selective_scan": scan_library, "ssd": ssd_library}[op.name]
+    op.register("emulated", kernels.why_not_these)(folder.custom_op("emulated", of_library))
+
+
+def inputs_of(name: str, case: str, **options: Any) -> dict[str, Any]:
+    inputs = next(c for c in CASES[name] if c.name == case).inputs(**options)
+    if name == "ssd":
+        inputs.pop("z", None)
+        if "D" in inputs and inputs["D"].ndim == 2:
+            inputs["D"] = inputs["D"][:, 0].contiguous()
+    return inputs
+
+
+def gradients(name: str, inputs: dict[str, Any], of_row: tuple[str, ...], row: Tensor | None) -> tuple[Tensor, ...]:
+    """Of the row, or of the tensors that it consists of, one after the other; and of all other inputs."""
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if library_takes(v)}
+    if row is not None:
+        row = row.detach().requires_grad_()
+        _, *slices, _ = ops.split(row, 8, *(tuple(inputs[k].shape[2:]) for k in of_row), 16)
+        leaves.update(zip(of_row, slices, strict=True))
+    y, *_ = ops.OPS[name](**{**inputs, **leaves}, backend="emulated")
+    torch.manual_seed(0)
+    others = [leaves[k] for k in leaves if k not in of_row]
+    wanted = [row] if row is not None else [leaves[k] for k in of_row]
+    found = torch.autograd.grad(y, [*wanted, *others], torch.randn_like(y))
+    if row is not None:
+        return found
+    b, l = inputs["x"].shape[:2]
+    ours = [t.flatten(2) for t in found[: len(of_row)]]
+    return torch.cat([ours[0].new_zeros(b, l, 8), *ours, ours[0].new_zeros(b, l, 16)], -1), *found[len(of_row) :]
+
+
+def library_takes(v: Any) -> bool:
+    return isinstance(v, Tensor) and v.is_floating_point()
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "of_row", "options"),
+    [
+        ("causal_conv", "everything", ("x",), dict(b=2, length=70, d=24)),
+        ("causal_conv", "packed", ("x",), dict(length=70, d=24)),
+        ("selective_scan", "everything", ("z",), dict(b=2, length=70, d=24, n=16)),
+        ("selective_scan", "everything", ("z",), dict(b=1, length=300, d=24, n=24)),
+        ("ssd", "everything", ("x", "B", "C"), dict(b=2, length=70, p=64, n=64, h=2)),
+        ("ssd", "plain", ("x", "B", "C"), dict(b=1, length=70, p=64, n=64, h=6, g=2)),
+        ("ssd", "plain", ("x", "B", "C"), dict(b=1, length=70, p=64, n=256, h=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("processors", (1, 40), ids=str)
+def test_side_by_side(
+    name: str, case: str, of_row: tuple[str, ...], options: dict[str, Any], processors: int, monkeypatch
+):
+    """The same bits, in place: among them splits of heads, whose sums are added up, and two slices of states."""
+    dtype = torch.bfloat16 if name == "ssd" else torch.float32
+    monkeypatch.setattr(emulation.runtime, "multiprocessors", lambda device: processors)
+    for plan in (causal_conv, selective_scan, ssd):
+        plan.forward_plan.cache_clear()
+        plan.backward_plan.cache_clear()
+    monkeypatch.setattr(module, "_pays", lambda row, sizes: library.recorded(row))
+    copied = []
+    filled = module.Row.filled
+
+    def look(self, found):
+        places = self.slices(self.memory)
+        copied.extend(g.data_ptr() != p.data_ptr() for g, p in zip(found, places, strict=True) if g is not None)
+        return filled(self, found)
+
+    monkeypatch.setattr(module.Row, "filled", look)
+    inputs = inputs_of(name, case, dtype=dtype, **options)
+    expected = gradients(name, inputs, of_row, None)
+    b, l = inputs["x"].shape[:2]
+    parts = [inputs[k].flatten(2) for k in of_row]
+    row = torch.cat([torch.full((b, l, 8), torch.nan, dtype=dtype), *parts, parts[0].new_zeros(b, l, 16)], -1)
+    actual = gradients(name, inputs, of_row, row)
+    assert copied == [False] * len(of_row)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
