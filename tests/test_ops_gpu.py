@@ -90,6 +90,14 @@ def test_ssd_of_one_long_row(backend: str, dtype: torch.dtype):
     checked("ssd", backend, fullest("ssd", dtype=dtype, length=5000, b=1, d=128, n=128))
 
 
+@pytest.mark.parametrize("width", (1, 100, 2560, 20000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "norm" in pair[0]])
+def test_norms_of_any_width(name: str, backend: str, dtype: torch.dtype, width: int):
+    """Rows in plenty for every program, and tiles that two of do not fit shared memory."""
+    checked(name, backend, fullest(name, dtype=dtype, b=2, length=1001, d=width))
+
+
 @pytest.mark.parametrize("lengths", [(1, 0, 777, 0, 1, 1, 1020, 200), (5, 3000, 60)], ids=str)
 @pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "norm" not in pair[0]])
 def test_packed_sequences(name: str, backend: str, lengths: tuple[int, ...]):

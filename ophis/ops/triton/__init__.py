@@ -39,3 +39,14 @@ def multiprocessors(device: torch.device) -> int:
         return 1
     properties = torch.get_device_module(device.type).get_device_properties(device)
     return properties.multi_processor_count if device.type == "cuda" else properties.max_compute_units
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have of it; none under the interpreter."""
+    if device.type == "cpu":
+        return 0
+    from triton.runtime import driver
+
+    index = torch.get_device_module(device.type).current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
