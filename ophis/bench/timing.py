@@ -14,7 +14,7 @@ REPEATS = {"cuda": 30, "cpu": 5}
 FEWEST = 3
 BUDGET = 2.0  # seconds that the repeats of one call may take; one of 0.1 s, a scan of a million, keeps 20 of them
 CACHE = 256 * 2**20  # bytes, more than any device's last cache holds
-GRAPH_BELOW = 1.0  # ms: where launching kernels may take longer than running them
+GRAPH_BELOW = 8.0  # ms: launching kernels, 70 in a layer forward and backward, may take longer than running them
 SLOW = 1.0  # seconds of a call above which it is not timed: PyTorch's scan of a hundred thousand positions
 SHORT = 0.01  # seconds, of which launching kernels may be a good part
 
