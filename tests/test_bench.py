@@ -365,11 +365,11 @@ def test_a_run_that_is_cut_off_loses_nothing_of_what_it_did_not_reach():
 def test_plots_come_from_the_table_alone():
     Path("empty.csv").write_text("op,batch\n")
     assert plots.draw(Path("empty.csv")) == []
-    common = dict(op="x", case="c", d=8, n="", w="", dtype="float32", ms_p20=1, ms_p50=2, ms_p80=3, floor_ms=1,
-                  peak_mib="", machine="m", torch="2", date="d")  # fmt: skip
+    common = dict(op="x", case="c", d=8, n="", w="", dtype="float32", ms_p20=1, ms_p50=2, ms_p80=3,
+                  floor_ms=1, peak_mib="", machine="m", torch="2", date="d")  # fmt: skip
     rows = [
-        {**common, "batch": 1, "length": length, "direction": direction, "backend": backend}
-        for length in (8, 16, 32)
+        {**common, "batch": 1, "length": length, "direction": direction, "backend": backend, "graph_ms": graph}
+        for length, graph in ((8, 1.5), (16, 1.9), (32, ""))
         for direction in plots.DIRECTIONS
         for backend in ("cuda", "torch", "mamba-ssm", "something new", "and another", "and one more")
     ]

@@ -14,6 +14,8 @@ DIRECTIONS = ("forward", "forward + backward")
 COLOURS = {"cuda": "#0072B2", "triton": "#009E73", "torch": "#E69F00", "ophis": "#0072B2"}
 OF_OTHERS = ("#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#000000", "#A6761D")
 FEWEST = 3  # lengths that make a line
+FLOOR = "floor: bytes, exponentials or matrix products"
+IN_A_GRAPH: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "markersize": 5, "linestyle": ""}
 LEGEND_COLUMNS = 4  # that fit under a figure, with names as long as attention's
 
 
@@ -32,7 +34,8 @@ def draw(table: Path) -> list[Path]:
 
 
 def _shapes(rows: list[Row], path: Path) -> Path:
-    """A dot at the median, on a line over the middle three fifths of the repeats; a stem to it from the floor."""
+    """A dot at the median, on a line over the middle three fifths of the repeats; a stem to it from the floor. Hollow,
+    the same call replayed as a CUDA graph: what is between the two is the CPU's."""
     directions = [d for d in DIRECTIONS if any(row["direction"] == d for row in rows)]
     shapes = list(dict.fromkeys(map(_shape, rows)))
     sides = _sides(rows)
@@ -45,13 +48,18 @@ def _shapes(rows: list[Row], path: Path) -> Path:
             colour = _colour(row["backend"], sides)
             axes.plot([floor, middle], [y, y], color=colour, linewidth=2, alpha=0.4)
             axes.plot([low, high], [y, y], color="black", linewidth=1)
+            if row["graph_ms"]:
+                axes.plot(float(row["graph_ms"]), y, color=colour, **IN_A_GRAPH)
             axes.plot(middle, y, "o", color=colour, markersize=5)
             axes.plot(floor, y, "|", color="black", markersize=8)
         axes.set(xscale="log", xlabel="milliseconds", title=direction)
         axes.set_yticks(range(len(shapes)), shapes, fontsize=8)
         axes.set_ylim(len(shapes) - 0.4, -0.7)  # the first on top
         axes.grid(axis="x", alpha=0.3)
-    _finish(figure, rows, sides, marker="|", linestyle="")
+    marks = [{"color": "black", "marker": "|", "linestyle": "", "label": FLOOR}]
+    if any(row["graph_ms"] for row in rows):
+        marks.append({"color": "black", "label": "in a CUDA graph", **IN_A_GRAPH})
+    _finish(figure, rows, sides, *marks)
     figure.savefig(path)
     return path
 
@@ -76,7 +84,7 @@ def _lengths(rows: list[Row], path: Path) -> Path:
             axes.set(yscale="log", ylabel=label, xlabel="length" if column == "peak_mib" else "")
             axes.set_xscale("log", base=2)
             axes.grid(alpha=0.3)
-    _finish(figure, rows, sides, linestyle="--")
+    _finish(figure, rows, sides, {"color": "black", "linestyle": "--", "label": FLOOR})
     figure.savefig(path)
     return path
 
@@ -95,7 +103,7 @@ def _states(rows: list[Row], path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
-    _finish(figure, rows, sides, linestyle="--")
+    _finish(figure, rows, sides, {"color": "black", "linestyle": "--", "label": FLOOR})
     figure.savefig(path)
     return path
 
@@ -144,12 +152,12 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _finish(figure: Any, rows: list[Row], sides: Sequence[str], **floor: Any) -> None:
+def _finish(figure: Any, rows: list[Row], sides: Sequence[str], *marks: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_colour(side, sides), linewidth=4, label=side) for side in sides]
-    mark = Line2D([], [], color="black", label="floor: bytes, exponentials or matrix products", **floor)
-    columns = min(len(handles) + 1, LEGEND_COLUMNS)
-    figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=columns, frameon=False)
+    handles += [Line2D([], [], **mark) for mark in marks]
+    columns = min(len(handles), LEGEND_COLUMNS)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     row = rows[0]
     figure.suptitle(f"{row['op']} on {row['machine']}, PyTorch {row['torch']}, {row['date']}", fontsize=10)
