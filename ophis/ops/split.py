@@ -69,6 +69,14 @@ class Row:
         self.sizes, self.shapes = sizes, shapes
         self.memory: Tensor | None = None
         self.taken: set[int] = set()
+        self.backward_pass: int | None = None  # that these are of
+
+    def begin(self) -> None:
+        """Memory is of one backward pass: one that asked for gradients of slices alone has left them with somebody."""
+        now = torch._C._current_graph_task_id()
+        if now != self.backward_pass:
+            self.backward_pass, self.memory = now, None
+            self.taken.clear()
 
     def slices(self, row: Tensor) -> list[Tensor]:
         lead = row.shape[:-1]
@@ -76,6 +84,7 @@ class Row:
 
     def take(self, index: int) -> Tensor | None:
         """Memory for the gradient of a slice. None for a second one of the same slice: autograd adds them up."""
+        self.begin()
         if index in self.taken:
             return None
         self.taken.add(index)
@@ -84,9 +93,9 @@ class Row:
         return self.slices(self.memory)[index]
 
     def filled(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        """The row's gradient, with what was not written into it: given up for the next time."""
+        """The row's gradient, with what was not written into it."""
+        self.begin()
         row, self.memory = self.memory, None
-        self.taken.clear()
         if row is None:
             row = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for place, gradient in zip(self.slices(row), gradients, strict=True):
