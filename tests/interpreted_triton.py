@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ophis.ops import OPS, split
-from ophis.ops.triton import INTERPRETED, ssd
+from ophis.ops.triton import INTERPRETED, norm, ssd
 from ophis.ops.triton import causal_conv as convolution
 from ophis.ops.triton import selective_scan as scan
 from ophis.testing import CASES, Case, assert_close, backends, check, evaluate, is_differentiable
@@ -134,6 +134,14 @@ def test_the_gradient_of_a_gate_within_a_row(case: Case, monkeypatch):
     gradient, found = torch.autograd.grad(norm(**{**inputs, "z": z}, backend="triton"), (z, row), dy)
     assert gradient.data_ptr() == found[..., 4:].data_ptr()
     assert torch.equal(found, torch.nn.functional.pad(expected, (4, 8)))
+
+
+@pytest.mark.parametrize(("bytes_there", "stages"), [(227 * 1024, 3), (99 * 1024, 2), (64 * 1024, 1), (0, 1)])
+def test_tiles_on_their_way_fit_shared_memory(bytes_there: int, stages: int, monkeypatch):
+    """Of an H100, an RTX 4090, an MI300: beside a tile of 8192 numbers in float32, so many of three in bfloat16."""
+    monkeypatch.setattr(norm, "shared_memory", lambda device: bytes_there)
+    read = [torch.empty(1, dtype=torch.bfloat16)] * 3
+    assert norm.stages(read[0].device, {"ROWS": 1, "WIDTH": 8192}, *read, None) == stages
 
 
 @pytest.mark.parametrize("w", (1, 16))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops_split import in_place
 from torch import Tensor, nn
 
 from ophis.layers import Mamba, Mamba2
@@ -54,20 +55,13 @@ def test_as_near_as_plain_pytorch(name: str):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_written_side_by_side(name: str, monkeypatch):
-    make, in_place = LAYERS[name]
+    make, expected_in_place = LAYERS[name]
     torch.manual_seed(0)
     layer = make(device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(2, 300, layer.d_model, device=DEVICE, dtype=torch.bfloat16)
     expected = gradients(layer, x)  # too few to pay
-    seen, filled = [], rows.Row.filled
-
-    def look(self, found):
-        places = self.slices(self.memory)
-        seen.append([g.data_ptr() == p.data_ptr() for g, p in zip(found, places, strict=True) if g is not None])
-        return filled(self, found)
-
-    monkeypatch.setattr(rows.Row, "filled", look)
+    seen = in_place(monkeypatch)
     monkeypatch.setattr(rows, "LARGE", 0)
     for one, other in zip(gradients(layer, x), expected, strict=True):
         assert torch.equal(one, other)
-    assert seen == in_place
+    assert seen == expected_in_place

@@ -94,7 +94,7 @@ def test_ssd_of_one_long_row(backend: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "norm" in pair[0]])
 def test_norms_of_any_width(name: str, backend: str, dtype: torch.dtype, width: int):
-    """Rows in plenty for every program, and tiles that two of do not fit shared memory."""
+    """Rows in plenty for every program, and tiles too large for two of them to lie in shared memory."""
     checked(name, backend, fullest(name, dtype=dtype, b=2, length=1001, d=width))
 
 

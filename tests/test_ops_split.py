@@ -69,14 +69,14 @@ class Writes(torch.autograd.Function):
 
 
 def in_place(monkeypatch) -> list[list[bool]]:
-    """For each gradient of a row, of which slices it was there before the row was asked for."""
+    """For each row whose gradient is asked for, whether those of its slices, of which there are any, lie in it."""
     seen: list[list[bool]] = []
     filled = module.Row.filled
 
     def look(self, gradients):
         if self.memory is not None:
-            places = [t.data_ptr() for t in self.slices(self.memory)]
-            seen.append([g is not None and g.data_ptr() == p for g, p in zip(gradients, places, strict=True)])
+            pairs = zip(gradients, self.slices(self.memory), strict=True)
+            seen.append([gradient.data_ptr() == place.data_ptr() for gradient, place in pairs if gradient is not None])
         return filled(self, gradients)
 
     monkeypatch.setattr(module.Row, "filled", look)

@@ -88,15 +88,11 @@ def run(
     theirs, reason = imported(of_theirs)
     if theirs is None:
         yield Note(f"mamba-ssm {reason}: its rows are left out")
-    for shape in shapes_of(name, quick):
-        if only not in str(shape):
-            continue
-        try:
-            yield from _measure(shape, device, of_ours, theirs, limits, quick, against)
-        except torch.OutOfMemoryError:
-            yield Note(f"{shape}: more memory than {device} has")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def measure(shape: Shape) -> Iterator[dict[str, Any] | Note]:
+        return _measure(shape, device, of_ours, theirs, limits, quick, against)
+
+    yield from tables.of_each(shapes_of(name, quick), measure, device, only)
 
 
 def _measure(

@@ -70,17 +70,13 @@ def run(
     others, missing = peers.peers_of(op) if device.type == "cuda" else ([], [])
     yield from map(Note, missing)
     checked: dict[Any, str | None] = {}
-    for shape in shapes.shapes_of(op, quick):
-        if only not in str(shape):
-            continue
-        try:
-            names = yield from _fit_to_time(shape, device, backends, checked)
-            if names:
-                yield from _measure(shape, device, names, others, limits, quick, against)
-        except torch.OutOfMemoryError:
-            yield Note(f"{shape}: more memory than {device} has")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def measure(shape: Shape) -> Iterator[dict[str, Any] | Note]:
+        names = yield from _fit_to_time(shape, device, backends, checked)
+        if names:
+            yield from _measure(shape, device, names, others, limits, quick, against)
+
+    yield from tables.of_each(shapes.shapes_of(op, quick), measure, device, only)
 
 
 def _fit_to_time(

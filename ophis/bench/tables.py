@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from ophis.bench import timing
 from ophis.bench.provenance import provenance
 from ophis.bench.shapes import FORWARD
 
+Shape = TypeVar("Shape")
 AGREE = 8  # times the floor in TOLERANCES: two results, each off by twice plain PyTorch's error and the floor
 
 
@@ -21,6 +22,24 @@ class Note(NamedTuple):
 
     text: str
     wrong: bool = False  # a backend gave wrong results
+
+
+def of_each(
+    shapes: Iterable[Shape],
+    measure: Callable[[Shape], Iterator[dict[str, Any] | Note]],
+    device: torch.device,
+    only: str = "",
+) -> Iterator[dict[str, Any] | Note]:
+    """What `measure` gives for each shape with `only` in its name; where memory runs out, what it gave until then."""
+    for shape in shapes:
+        if only not in str(shape):
+            continue
+        try:
+            yield from measure(shape)
+        except torch.OutOfMemoryError:
+            yield Note(f"{shape}: more memory than {device} has")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def in_a_line(failed: Exception) -> str:
@@ -52,6 +71,7 @@ def timed(
     Args:
         columns: of all rows, those of `KEYS`.
         calls: by the name of the implementation; each ran before.
+        least, limits: what any implementation must do, and how fast this machine does it.
         ours: names that are compared with others and with what was published.
         same: names of others that do the same work.
         against: rows of `read_against`.

@@ -25,6 +25,9 @@ def split(row: Tensor, *shapes: int | tuple[int, ...]) -> tuple[Tensor, ...]:
         row: what a projection gave.
         shapes: of each slice, its size or last axes; these sizes add up to w.
 
+    Returns:
+        Of each, (..., size) or (..., *axes), views of `row`.
+
     Raises:
         ValueError: they do not.
     """

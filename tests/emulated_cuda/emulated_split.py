@@ -5,43 +5,27 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import emulated_causal_conv
+import emulated_selective_scan
+import emulated_ssd
 import emulation
 import pytest
 import torch
+from test_ops_split import in_place
 from torch import Tensor
 
 from ophis import ops
 from ophis.ops import library
-from ophis.ops.cuda import causal_conv, selective_scan, ssd
-from ophis.ops.library import causal_conv as conv_library
-from ophis.ops.library import selective_scan as scan_library
-from ophis.ops.library import ssd as ssd_library
 from ophis.testing import CASES
 
 module: Any = sys.modules["ophis.ops.split"]
-
-for op, kernels, of_library in (
-    (ops.causal_conv, causal_conv, conv_library.Kernels(causal_conv.forward, causal_conv.backward)),
-    (
-        ops.selective_scan,
-        selective_scan,
-        scan_library.Kernels(
-            selective_scan.forward, selective_scan.backward, selective_scan.kept_shape, in_groups=False
-        ),
-    ),
-    (ops.ssd, ssd, ssd_library.Kernels(ssd.forward, ssd.backward)),
-):
-    folder = {"causal_conv": conv_library, "selective_scan": scan_library, "ssd": ssd_library}[op.name]
-    op.register("emulated", kernels.why_not_these)(folder.custom_op("emulated", of_library))
+KERNELS = (emulated_causal_conv.convolution, emulated_selective_scan.selective_scan, emulated_ssd.ssd)
 
 
 def inputs_of(name: str, case: str, **options: Any) -> dict[str, Any]:
-    inputs = next(c for c in CASES[name] if c.name == case).inputs(**options)
     if name == "ssd":
-        inputs.pop("z", None)
-        if "D" in inputs and inputs["D"].ndim == 2:
-            inputs["D"] = inputs["D"][:, 0].contiguous()
-    return inputs
+        return emulated_ssd.inputs_of(case, **options)
+    return next(c for c in CASES[name] if c.name == case).inputs(**options)
 
 
 def gradients(name: str, inputs: dict[str, Any], of_row: tuple[str, ...], row: Tensor | None) -> tuple[Tensor, ...]:
@@ -85,27 +69,18 @@ def test_side_by_side(
     name: str, case: str, of_row: tuple[str, ...], options: dict[str, Any], processors: int, monkeypatch
 ):
     """The same bits, in place: among them splits of heads, whose sums are added up, and two slices of states."""
-    dtype = torch.bfloat16 if name == "ssd" else torch.float32
     monkeypatch.setattr(emulation.runtime, "multiprocessors", lambda device: processors)
-    for plan in (causal_conv, selective_scan, ssd):
-        plan.forward_plan.cache_clear()
-        plan.backward_plan.cache_clear()
+    for kernels in KERNELS:
+        kernels.forward_plan.cache_clear()
+        kernels.backward_plan.cache_clear()
     monkeypatch.setattr(module, "_pays", lambda row, sizes: library.recorded(row))
-    copied = []
-    filled = module.Row.filled
-
-    def look(self, found):
-        places = self.slices(self.memory)
-        copied.extend(g.data_ptr() != p.data_ptr() for g, p in zip(found, places, strict=True) if g is not None)
-        return filled(self, found)
-
-    monkeypatch.setattr(module.Row, "filled", look)
-    inputs = inputs_of(name, case, dtype=dtype, **options)
+    seen = in_place(monkeypatch)
+    inputs = inputs_of(name, case, **options)
     expected = gradients(name, inputs, of_row, None)
     b, l = inputs["x"].shape[:2]
     parts = [inputs[k].flatten(2) for k in of_row]
-    row = torch.cat([torch.full((b, l, 8), torch.nan, dtype=dtype), *parts, parts[0].new_zeros(b, l, 16)], -1)
+    row = torch.cat([parts[0].new_full((b, l, 8), torch.nan), *parts, parts[0].new_zeros(b, l, 16)], -1)
     actual = gradients(name, inputs, of_row, row)
-    assert copied == [False] * len(of_row)
+    assert seen == [[True] * len(of_row)]
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
